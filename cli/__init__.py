@@ -1,0 +1,1 @@
+"""The command line. Depends on the library, never the reverse; one module per family of commands."""

@@ -1,0 +1,116 @@
+"""Which stored model a checkpoint is, told from its files alone: no weights, no torch, no transformers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from promptdb.checkpoint import describe, resolve, tokenizer_files_present
+from promptdb.cli.failure import Failure
+from promptdb.cli.options import DTYPES
+from promptdb.db import PromptDB
+from promptdb.errors import CorruptDataError, ModelNotFoundError, PromptTooLongError
+from promptdb.format import CHECKPOINTS, unpack_record
+from promptdb.keys import Root
+from promptdb.loading import checkpoint_key
+from promptdb.tokens import Encoder, Prompt
+
+
+class UnknownModelError(Failure):
+    """The store does not know the checkpoint: nothing can be found for it. Exit code 1."""
+
+    def __init__(self, message: str, hint: str) -> None:
+        super().__init__(message, hint, exit_code=1)
+
+
+@dataclass(frozen=True)
+class KnownModel:
+    """A model that the store knows, and its tokenizer."""
+
+    root: Root
+    encoder: Encoder
+    max_tokens: int
+
+    def tokenize(self, pieces: tuple[str, ...]) -> Prompt:
+        """Return the prompt's tokens; raises :class:`PromptError` for what cannot be stored."""
+        prompt = self.encoder.encode(pieces)
+        if 0 < self.max_tokens < prompt.num_tokens:
+            raise PromptTooLongError(
+                f"the prompt has {prompt.num_tokens} tokens; this model computes {self.max_tokens} positions exactly",
+                "shorten the prompt",
+            )
+        return prompt
+
+
+def find_model(db: PromptDB, model: str, dtype: str, namespace: str) -> KnownModel:
+    """Return the stored model that a checkpoint is, from a digest of its files' names, sizes and times.
+
+    Raises
+    ------
+    ModelNotFoundError
+        There is no such checkpoint, or no tokenizer beside it.
+    UnknownModelError
+        The store does not know it, or its files have changed; the message tells which.
+    """
+    directory = resolve(model)
+    known = db.registry.checkpoint(checkpoint_key(directory, dtype))
+    if known is None:
+        describe(directory)
+        if not tokenizer_files_present(directory):
+            raise ModelNotFoundError(
+                f"there is no tokenizer in {directory}", "save it there: tokenizer.save_pretrained(directory)"
+            )
+        raise _unknown(db, model, directory, dtype)
+    try:
+        root = Root(known["weights_id"], known["tokenizer_id"], namespace)
+        tokenizer, weights = db.registry.tokenizer(root.tokenizer_id), db.registry.model(root.weights_id) or {}
+        return KnownModel(root, Encoder.from_registry(tokenizer), int(weights.get("max_tokens") or 0))
+    except (KeyError, TypeError) as error:
+        raise CorruptDataError(f"the store's entry of {model} lacks or garbles {error}", "`promptdb put` it again") from error
+
+
+def _unknown(db: PromptDB, model: str, directory: Path, dtype: str) -> UnknownModelError:
+    for other in DTYPES:
+        if other != dtype and db.registry.checkpoint(checkpoint_key(directory, other)):
+            return UnknownModelError(
+                f"the store does not know {model} as {dtype}, but as {other}",
+                f"add --dtype {other}; other weights, or the same in another precision, have other representations",
+            )
+    paths = {Path(path).resolve() for entry in checkpoints(db) if (path := entry.get("path"))}
+    if directory.resolve() in paths:
+        return UnknownModelError(
+            f"the files of {model}, or the versions of torch and transformers, have changed since its prompts were stored",
+            "`promptdb get --compute` or `promptdb put` identifies it again; what is still the same is found again",
+        )
+    return UnknownModelError(
+        f"the store does not know {model}: nothing was stored with it",
+        "`promptdb put` stores prompts; `promptdb models` lists what the store knows",
+    )
+
+
+def checkpoints(db: PromptDB) -> list[dict[str, Any]]:
+    """Return what the store remembers of checkpoints: ``weights_id``, ``tokenizer_id``, ``path``."""
+    with db.read() as snapshot:
+        return [unpack_record(key, data) for key, data in snapshot.reader.scan(CHECKPOINTS)]
+
+
+def find_weights(db: PromptDB, model: str) -> set[str]:
+    """Return the weights IDs that a person may mean: by directory, hub ID, name, or the start of the ID.
+
+    Raises
+    ------
+    UnknownModelError
+        None.
+    """
+    models = db.registry.models()
+    found = {weights for weights in models if len(model) >= 4 and weights.startswith(model.lower())}
+    found |= {weights for weights, fields in models.items() if fields.get("name") == model}
+    try:
+        directory = Path(model).expanduser().resolve()
+        found |= {entry["weights_id"] for entry in checkpoints(db) if Path(entry["path"]).resolve() == directory}
+    except (OSError, ValueError):
+        pass  # not a path: a NUL in it, or a loop of links
+    if not found:
+        raise UnknownModelError(f"the store knows no model {model!r}", "`promptdb models` lists them")
+    return found

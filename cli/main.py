@@ -1,0 +1,115 @@
+"""The ``promptdb`` command: the group of all commands, and what exit codes mean.
+
+0: found, or done. 1: not found, or only partly. 2: wrong usage, or an error. 130: interrupted. 141: the reader of our
+output went away.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from importlib import import_module
+from typing import TextIO
+
+import click
+
+from promptdb.cli.failure import Failure
+from promptdb.errors import NodeNotFoundError, PromptDBError
+from promptdb.version import __version__
+
+INTERRUPTED = 130
+BROKEN_PIPE = 141
+
+# Command -> its module and one line of help. The lines stand here so that `promptdb --help` need not import the
+# commands; a test compares them with the commands' own.
+COMMANDS = {
+    "put": ("put", "Compute prompts and store their representations."),
+    "get": ("get", "Look up the longest stored prefix of a prompt."),
+    "explain": ("explain", "Tell why a prompt is stored or not."),
+    "tree": ("tree", "Draw the stored spans as a tree."),
+    "ls": ("nodes", "List stored spans."),
+    "show": ("nodes", "Show all that is known of a stored span, and check it."),
+    "rm": ("remove", "Remove spans and all that stands on them."),
+    "stat": ("store", "Show totals of the store."),
+    "models": ("store", "List known models and tokenizers."),
+    "demo-model": ("demo_model", "Write a small model and its tokenizer, for trying things out."),
+}
+
+
+class LazyGroup(click.Group):
+    """A group that imports the module of a command only when the command is run, and translates errors."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return the names of all commands, in the order of the help text."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import a command."""
+        if cmd_name not in COMMANDS:
+            return None
+        module = import_module(f"promptdb.cli.{COMMANDS[cmd_name][0]}")
+        command: click.Command = getattr(module, cmd_name.replace("-", "_"))
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the list of commands without importing them."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, summary) for name, (_, summary) in COMMANDS.items()])
+
+    def invoke(self, ctx: click.Context) -> object:
+        """Run a command. What goes wrong ends as one clear line; what nobody foresaw keeps its traceback."""
+        try:
+            return super().invoke(ctx)
+        except PromptDBError as error:
+            exit_code = 1 if isinstance(error, NodeNotFoundError) else 2
+            raise Failure(error.message, error.hint, exit_code) from error
+        except (KeyboardInterrupt, click.Abort):
+            click.echo("\nInterrupted.", err=True)
+            ctx.exit(INTERRUPTED)
+        except BrokenPipeError:
+            _discard(sys.stdout)
+            ctx.exit(BROKEN_PIPE)
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="promptdb")
+def cli() -> None:
+    """Keep what a language model computes for a prompt: keys and values, logits, log-probabilities.
+
+    \b
+    Example:
+      promptdb demo-model demo
+      promptdb put --model demo "Return the number" " of items"
+      promptdb get --model demo "Return the number of items in the list"
+    """
+
+
+def main() -> None:
+    """Run the command line and exit."""
+    if sys.stdout is None:  # closed by the caller; nothing else may get its number
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a terminal that is not UTF-8 cannot show every token
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        exit_code = cli.main(prog_name="promptdb", standalone_mode=False) or 0
+    except click.ClickException as error:
+        error.show()
+        exit_code = error.exit_code
+    except click.Abort:
+        exit_code = INTERRUPTED
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        _discard(sys.stdout)
+        exit_code = BROKEN_PIPE
+    except OSError as error:
+        _discard(sys.stdout)
+        click.echo(f"Error: the output cannot be written: {error.strerror}", err=True)
+        exit_code = 2
+    sys.exit(exit_code)
+
+
+def _discard(stream: TextIO) -> None:
+    """Send what is still buffered nowhere, so that the interpreter does not fail on it when it ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

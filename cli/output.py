@@ -1,0 +1,128 @@
+"""What people and programs see: tables on a terminal, aligned text in a pipe, JSON when it is asked for.
+
+rich is imported on a terminal only: it costs more than most commands.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.text import Text
+
+
+def is_terminal() -> bool:
+    """Whether a person looks at the output."""
+    return sys.stdout.isatty()
+
+
+def print_json(document: Mapping[str, Any]) -> None:
+    """Print one JSON document on one line. Numbers that JSON does not have become null."""
+    click.echo(json.dumps(_finite(document), allow_nan=False))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return value
+
+
+def print_line(*parts: str | tuple[str, str]) -> None:
+    """Print a line made of strings and (string, style) pairs; styles show on a terminal only."""
+    if is_terminal():
+        _console().print(styled(*parts), soft_wrap=True)
+    else:
+        click.echo("".join(part if isinstance(part, str) else part[0] for part in parts))
+
+
+def styled(*parts: str | tuple[str, str]) -> Text:
+    """Return rich's text of strings and (string, style) pairs. Nothing in them is markup."""
+    from rich.text import Text
+
+    return Text.assemble(*parts)
+
+
+def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print rows under headers. A header that starts with ``>`` aligns its column to the right."""
+    headers = [column.removeprefix(">") for column in columns]
+    right = [column.startswith(">") for column in columns]
+    if is_terminal():
+        from rich import box
+        from rich.table import Table
+
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+        for header, to_right in zip(headers, right, strict=True):
+            table.add_column(header, justify="right" if to_right else "left")
+        for row in rows:
+            table.add_row(*map(styled, row))
+        _console().print(table)
+        return
+    widths = [max(map(len, column)) for column in zip(headers, *rows, strict=True)]
+    for row in (headers, *rows):
+        cells = (
+            cell.rjust(width) if to_right else cell.ljust(width)
+            for cell, width, to_right in zip(row, widths, right, strict=True)
+        )
+        click.echo("  ".join(cells).rstrip())
+
+
+def print_fields(fields: Mapping[str, str]) -> None:
+    """Print names and values, one pair a line."""
+    width = max(map(len, fields)) + 2
+    for name, value in fields.items():
+        print_line((name.ljust(width), "bold"), value)
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    return Console(highlight=False)
+
+
+def size(num_bytes: float) -> str:
+    """Return a size for people."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if num_bytes < 1000:
+            return f"{num_bytes:.0f} B" if unit == "B" else f"{num_bytes:.3g} {unit}"
+        num_bytes /= 1000
+    return f"{num_bytes:,.3g} TB"
+
+
+def duration(seconds: float) -> str:
+    """Return a duration for people."""
+    if seconds < 1e-3:
+        return f"{seconds * 1e6:.0f} µs"
+    if seconds < 1:
+        return f"{seconds * 1e3:.3g} ms"
+    for unit, length_s in (("s", 1), ("min", 60), ("h", 3600)):
+        if seconds < 100 * length_s:
+            return f"{seconds / length_s:.3g} {unit}"
+    return f"{seconds / 86400:.0f} days"
+
+
+def age(unix_s: float) -> str:
+    """Return how long ago something was, for people."""
+    return duration(max(1.0, round(time.time() - unix_s)))
+
+
+def count(number: int, noun: str) -> str:
+    """Return ``1 span``, ``2,000 spans``."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
+def probability(value: float) -> str:
+    """Return a probability in percent, with three digits."""
+    percent = 100 * value
+    return f"{percent:.3g} %" if percent >= 0.01 else f"{percent:.0e} %"

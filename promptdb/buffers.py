@@ -1,0 +1,68 @@
+"""Memory that is used again. Touching fresh memory costs page faults (about 1 GB/s); used memory is 5 to 10 times faster.
+
+A lease is given back when nobody can reach its bytes any more: every view, a tensor among them, keeps the lease object
+alive, and the memory returns to the pool only when that object dies. Nobody can ever see another's bytes change.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import threading
+import weakref
+from collections import deque
+from typing import Any
+
+# Huge pages, where the system gives them, make the first touch several times cheaper.
+_PAGE_BYTES = 2 << 20
+
+
+class BufferPool:
+    """Leases of anonymous memory, reused by size. Thread safe.
+
+    Parameters
+    ----------
+    max_idle_bytes : how much unused memory is kept for later leases.
+    """
+
+    def __init__(self, max_idle_bytes: int = 1 << 30) -> None:
+        self.max_idle_bytes = max_idle_bytes
+        self._idle: list[mmap.mmap] = []
+        # Finalisers run at any point of any thread, even while this one holds the lock: they only append.
+        self._returned: deque[mmap.mmap] = deque()
+        self._lock = threading.Lock()
+
+    def lease(self, size_bytes: int) -> Any:
+        """Return a writable object with the buffer protocol, of exactly ``size_bytes``, with undefined content.
+
+        The memory belongs to whoever holds the object or a view of it.
+        """
+        size_bytes = max(size_bytes, 1)
+        memory = self._take(size_bytes)
+        lease = (ctypes.c_char * size_bytes).from_buffer(memory)
+        weakref.finalize(lease, self._returned.append, memory).atexit = False
+        return lease
+
+    def _take(self, size_bytes: int) -> mmap.mmap:
+        with self._lock:
+            while self._returned:
+                self._idle.append(self._returned.popleft())
+            self._idle.sort(key=len)
+            while self._idle and sum(map(len, self._idle)) > self.max_idle_bytes:
+                self._idle.pop(0)
+            for position, memory in enumerate(self._idle):
+                # A buffer far larger than asked for is left to those who need it.
+                if size_bytes <= len(memory) <= 4 * size_bytes + _PAGE_BYTES:
+                    return self._idle.pop(position)
+        memory = mmap.mmap(-1, -(-size_bytes // _PAGE_BYTES) * _PAGE_BYTES)
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            memory.madvise(mmap.MADV_HUGEPAGE)
+        return memory
+
+    def idle_bytes(self) -> int:
+        """Return how much memory waits for its next use."""
+        with self._lock:
+            return sum(map(len, self._idle)) + sum(map(len, list(self._returned)))
+
+
+POOL = BufferPool()

@@ -1,0 +1,253 @@
+"""What the bytes of a store mean: tables, versions, checksums and records. FORMAT.md is the specification.
+
+A record is ``checksum || msgpack``. The checksum is XXH3-128 of the msgpack bytes, seeded with the start of the key
+under which the record stands, so that a record that was moved to another key does not pass for that key's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import msgpack
+from xxhash import xxh3_128_digest
+
+from promptdb.errors import CorruptDataError
+from promptdb.keys import DIGEST_BYTES, TOKEN_BYTES, Root, num_tokens
+
+FORMAT_VERSION = 1
+
+# Named tables. Keys and values: FORMAT.md.
+META = "meta"
+ROOTS = "roots"
+NODES = "nodes"
+CHILDREN = "children"
+BLOBS = "blobs"
+LOGITS = "logits"
+MODELS = "models"
+TOKENIZERS = "tokenizers"
+CHECKPOINTS = "checkpoints"
+TABLES = (META, ROOTS, NODES, CHILDREN, BLOBS, LOGITS, MODELS, TOKENIZERS, CHECKPOINTS)
+
+STORE_KEY = b"store"
+KV_BLOB = "kv"
+LOGPROBS_BLOB = "lp"
+
+CHECKSUM_BYTES = 16
+
+# A hostile record may claim any length; these bound what is allocated before the claim is known to be false.
+MAX_RECORD_BYTES = 64 * 1024 * 1024
+MAX_RECORD_ITEMS = 1 << 16
+
+
+def checksum(key: bytes, content: bytes | bytearray | memoryview) -> bytes:
+    """Return the 16-byte checksum of ``content`` as stored under ``key``. About 10 GB/s."""
+    return xxh3_128_digest(content, seed=int.from_bytes(key[:8], "little"))
+
+
+def pack_record(key: bytes, fields: Mapping[str, Any]) -> bytes:
+    """Return the bytes of a record for ``key``."""
+    body: bytes = msgpack.packb(fields, use_bin_type=True)
+    return checksum(key, body) + body
+
+
+def unpack_record(key: bytes, data: bytes | memoryview) -> dict[str, Any]:
+    """Read a record that stands under ``key``.
+
+    Raises
+    ------
+    CorruptDataError
+        The checksum does not hold, or the bytes are not a map of the expected size.
+    """
+    if not CHECKSUM_BYTES < len(data) <= MAX_RECORD_BYTES:
+        raise CorruptDataError(f"a record of {len(data)} bytes under {key[:8].hex()}")
+    body = bytes(data[CHECKSUM_BYTES:])
+    if checksum(key, body) != bytes(data[:CHECKSUM_BYTES]):
+        raise CorruptDataError(f"the checksum of the record under {key[:8].hex()} does not hold")
+    try:
+        fields = msgpack.unpackb(
+            body,
+            raw=False,
+            strict_map_key=True,
+            max_bin_len=len(body),
+            max_str_len=len(body),
+            max_array_len=min(len(body), MAX_RECORD_ITEMS),
+            max_map_len=min(len(body), MAX_RECORD_ITEMS),
+            max_ext_len=0,
+        )
+    except (ValueError, msgpack.UnpackException) as error:
+        raise CorruptDataError(f"the record under {key[:8].hex()} is not readable: {error}") from error
+    if not isinstance(fields, dict):
+        raise CorruptDataError(f"the record under {key[:8].hex()} is not a map")
+    return fields
+
+
+TOTALS = ("num_nodes", "num_tokens", "blob_bytes")
+
+
+def pack_root(root: Root, totals: Mapping[str, int]) -> bytes:
+    """Return the record of a root with its totals, to stand under the root's digest."""
+    return pack_record(root.digest, {"root": asdict(root), "totals": dict(totals)})
+
+
+def unpack_root(digest: bytes, data: bytes | memoryview) -> tuple[Root, dict[str, int]]:
+    """Read the record under a root's digest; raises :class:`CorruptDataError`. Unknown fields are ignored."""
+    fields = unpack_record(digest, data)
+    try:
+        root, totals = _read_root(fields["root"]), {name: fields["totals"][name] for name in TOTALS}
+    except (KeyError, TypeError, ValueError) as error:
+        raise CorruptDataError(f"the record of root {digest[:8].hex()} lacks or garbles a field: {error!r}") from error
+    if not all(map(_is_size, totals.values())):
+        raise CorruptDataError(f"the record of root {digest[:8].hex()} has totals that cannot be")
+    return root, totals
+
+
+def _read_root(fields: Mapping[str, Any]) -> Root:
+    return Root(fields["weights_id"], fields["tokenizer_id"], fields["namespace"], fields["intervention_id"])
+
+
+@dataclass(frozen=True)
+class Group:
+    """Keys or values of layers that share a shape, stored as one tensor ``[slots, kv_heads, tokens, head_dim]``.
+
+    ``slots`` names them in order: ``2 * layer`` for keys, ``2 * layer + 1`` for values.
+    """
+
+    slots: tuple[int, ...]
+    kv_heads: int
+    head_dim: int
+    dtype: str  # safetensors' name: F32, BF16, ...
+
+    def span_shape(self, tokens: int) -> tuple[int, int, int, int]:
+        """Return the tensor's shape for a span of ``tokens`` tokens."""
+        return (len(self.slots), self.kv_heads, tokens, self.head_dim)
+
+
+Layout = tuple[Group, ...]
+
+
+@dataclass(frozen=True)
+class BlobEntry:
+    """Size in bytes and checksum of one blob of a node."""
+
+    size_bytes: int
+    checksum: bytes
+
+
+@dataclass(frozen=True)
+class NodeRecord:
+    """One stored span ``[start, start + len(span))`` of a prompt, without its tensors.
+
+    Immutable. All key fields stand here in the clear, so that a node can be checked, listed and moved by itself.
+    """
+
+    root: Root
+    parent: bytes  # node ID of the span that this one stands on; empty at the start of a prompt
+    child_hash: bytes
+    start: int
+    span: bytes  # packed tokens
+    layout: Layout
+    blobs: Mapping[str, BlobEntry]
+    created_unix_s: float
+    compute_s: float
+    provenance: Mapping[str, str | int | float] = field(default_factory=dict)
+
+    @property
+    def num_tokens(self) -> int:
+        """Length of the span in tokens."""
+        return num_tokens(self.span)
+
+    @property
+    def end(self) -> int:
+        """Position after the span's last token."""
+        return self.start + self.num_tokens
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all blobs of the node."""
+        return sum(blob.size_bytes for blob in self.blobs.values())
+
+    def pack(self, node: bytes) -> bytes:
+        """Return the record's bytes, to stand under node ID ``node``."""
+        return pack_record(
+            node,
+            {
+                "root": asdict(self.root),
+                "parent": self.parent,
+                "child_hash": self.child_hash,
+                "start": self.start,
+                "tokens": self.span,
+                "layout": [[list(group.slots), group.kv_heads, group.head_dim, group.dtype] for group in self.layout],
+                "blobs": {kind: [blob.size_bytes, blob.checksum] for kind, blob in self.blobs.items()},
+                "created_unix_s": self.created_unix_s,
+                "compute_s": self.compute_s,
+                "provenance": dict(self.provenance),
+            },
+        )
+
+    @classmethod
+    def unpack(cls, node: bytes, data: bytes | memoryview) -> NodeRecord:
+        """Read the record under node ID ``node``; unknown fields are ignored.
+
+        Raises
+        ------
+        CorruptDataError
+            The checksum does not hold, or a field is missing or cannot be.
+        """
+        fields = unpack_record(node, data)
+        try:
+            record = cls(
+                root=_read_root(fields["root"]),
+                parent=fields["parent"],
+                child_hash=fields["child_hash"],
+                start=fields["start"],
+                span=fields["tokens"],
+                layout=tuple(
+                    Group(tuple(slots), kv_heads, head_dim, dtype)
+                    for slots, kv_heads, head_dim, dtype in fields["layout"]
+                ),
+                blobs={kind: BlobEntry(size, digest) for kind, (size, digest) in fields["blobs"].items()},
+                created_unix_s=fields["created_unix_s"],
+                compute_s=fields["compute_s"],
+                provenance=fields["provenance"],
+            )
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise CorruptDataError(
+                f"the record of node {node[:8].hex()} lacks or garbles a field: {error!r}"
+            ) from error
+        if not record._is_sound():
+            raise CorruptDataError(f"the record of node {node[:8].hex()} has a field that cannot be")
+        return record
+
+    def _is_sound(self) -> bool:
+        return (
+            _is_digest(self.child_hash)
+            and (_is_digest(self.parent) or self.parent == b"")
+            and _is_size(self.start)
+            and type(self.span) is bytes
+            and len(self.span) > 0
+            and len(self.span) % TOKEN_BYTES == 0
+            and all(
+                all(map(_is_size, (*group.slots, group.kv_heads, group.head_dim))) and type(group.dtype) is str
+                for group in self.layout
+            )
+            and all(
+                type(kind) is str
+                and _is_size(blob.size_bytes)
+                and type(blob.checksum) is bytes
+                and len(blob.checksum) == CHECKSUM_BYTES
+                for kind, blob in self.blobs.items()
+            )
+            and type(self.created_unix_s) is float
+            and type(self.compute_s) in (float, int)
+            and type(self.provenance) is dict
+        )
+
+
+def _is_digest(value: object) -> bool:
+    return type(value) is bytes and len(value) == DIGEST_BYTES
+
+
+def _is_size(value: object) -> bool:
+    return type(value) is int and 0 <= value < 1 << 63

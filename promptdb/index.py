@@ -1,0 +1,496 @@
+"""The store on disk: LMDB. The only importer of lmdb.
+
+What LMDB asks of its user, and where it is done here:
+
+- one process must not open the same environment twice: handles are shared, :func:`_shared_environment`;
+- the map must not be resized or closed under an open transaction of the same process: :class:`_MapLock`;
+- a map that another process has grown must be adopted before reading on: :meth:`LmdbIndex._adopt_map`;
+- a forked child must not use its parent's environment: :meth:`LmdbIndex._check_usable` refuses;
+- a file that was cut off kills whoever touches a page that is missing: :meth:`_Environment._cover_used_pages`;
+- no network filesystem: :func:`promptdb.filesystem.refuse_remote`.
+"""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import lmdb
+
+from promptdb.errors import (
+    CorruptDataError,
+    NotAStoreError,
+    PromptDBError,
+    ReadOnlyStoreError,
+    StoreError,
+    StoreFullError,
+)
+from promptdb.filesystem import refuse_remote
+from promptdb.format import META, STORE_KEY, TABLES
+from promptdb.tables import Item, Reader, Result, Writer
+
+DEFAULT_MAP_BYTES = 1 << 30
+DATA_FILE = "data.mdb"
+LOCK_FILE = "lock.mdb"
+_MAX_READERS = 512
+_MAX_GROWTH_BYTES = 64 << 30
+
+# Room for the tables and a first record; LMDB would refuse to create them in less.
+_MIN_MAP_PAGES = 64
+
+_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_DENIED_ERRNOS = (errno.EACCES, errno.EPERM, errno.EROFS)
+
+
+class _MapLock:
+    """Readers-writer lock around the memory map: transactions hold it shared, a resize holds it alone.
+
+    A thread that holds it shared may take it again while a resize waits; otherwise the two would wait for each other.
+    """
+
+    def __init__(self) -> None:
+        self._condition = threading.Condition()
+        self._depths: dict[int, int] = {}  # by thread; 0 is not kept
+        self._resizing = False
+
+    def acquire(self) -> int:
+        """Take it shared; return what :meth:`release` wants, from whichever thread it is called."""
+        thread = threading.get_ident()
+        with self._condition:
+            depth = self._depths.get(thread, 0)
+            while self._resizing and not depth:
+                self._condition.wait()
+            self._depths[thread] = depth + 1
+        return thread
+
+    def release(self, thread: int) -> None:
+        with self._condition:
+            depth = self._depths.pop(thread) - 1
+            if depth:
+                self._depths[thread] = depth
+            elif self._resizing:
+                self._condition.notify_all()
+
+    def is_held(self) -> bool:
+        """Return whether this thread holds it shared."""
+        return threading.get_ident() in self._depths
+
+    @contextmanager
+    def shared(self) -> Iterator[None]:
+        thread = self.acquire()
+        try:
+            yield
+        finally:
+            self.release(thread)
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        if self.is_held():
+            raise StoreError("the map cannot change while this thread reads from it", "leave read() first")
+        with self._condition:
+            while self._resizing:
+                self._condition.wait()
+            self._resizing = True
+            while self._depths:
+                self._condition.wait()
+        try:
+            yield
+        finally:
+            with self._condition:
+                self._resizing = False
+                self._condition.notify_all()
+
+
+class _Environment:
+    """One lmdb environment of this process, with the handles that share it."""
+
+    def __init__(self, path: Path, *, readonly: bool, map_bytes: int) -> None:
+        self.path = path
+        self.readonly = readonly
+        self.pid = os.getpid()
+        self.num_handles = 0
+        self.map_lock = _MapLock()
+        # LMDB has one writer at a time; its own mutex is not fair, and waiting here costs no file lock.
+        self.write_lock = threading.Lock()
+        self.tables: dict[str, Any] = {}
+        try:
+            self.env = self._open(max(map_bytes, _MIN_MAP_PAGES * mmap.PAGESIZE))
+        except lmdb.Error as error:
+            raise _translated(error, path) from error
+        try:
+            self._cover_used_pages()
+            self._open_tables()
+            self.data_file = _identity(path / DATA_FILE)
+        except (lmdb.Error, OSError) as error:
+            self.env.close()
+            raise _translated(error, path) from error
+        except BaseException:
+            self.env.close()
+            raise
+
+    def _open(self, map_bytes: int) -> Any:
+        options: dict[str, Any] = {
+            "max_dbs": len(TABLES) + 8,
+            "max_readers": _MAX_READERS,
+            "max_spare_txns": 8,
+            "map_size": map_bytes,
+            "subdir": True,
+            # Blobs are read once, front to back, and the map is far larger than what a read needs.
+            "readahead": True,
+            # Unused parts of a page are zeroed, so that nothing else of this process's memory reaches the disk.
+            "meminit": True,
+            "mode": 0o600,
+        }
+        if not self.readonly:
+            env = lmdb.open(str(self.path), create=True, **options)
+            env.reader_check()  # readers that were killed hold pages back
+            return env
+        try:
+            return lmdb.open(str(self.path), readonly=True, create=False, **options)
+        except (lmdb.InvalidError, lmdb.CorruptedError, lmdb.VersionMismatchError):
+            raise
+        except lmdb.Error:
+            # The directory cannot hold a lock file. Without one a writer elsewhere could reuse pages under a reader;
+            # checksums then turn what was read into a miss.
+            return lmdb.open(str(self.path), readonly=True, create=False, lock=False, **options)
+
+    def _cover_used_pages(self) -> None:
+        """Make sure that every used page is in the file: to touch one that is not would kill the process (SIGBUS).
+
+        A file may end before the last page that it counts, where that page was allocated and freed in one transaction.
+        A file that a bad copy cut off looks the same: its new pages read as zeros, which LMDB or a checksum refuses.
+        """
+        data_file = self.path / DATA_FILE
+        used_bytes = (self.env.info()["last_pgno"] + 1) * self.env.stat()["psize"]
+        missing_bytes = used_bytes - data_file.stat().st_size
+        if missing_bytes <= 0:
+            return
+        try:
+            with data_file.open("r+b") as file:
+                # Never shrinks the file, whatever another process has appended meanwhile.
+                os.posix_fallocate(file.fileno(), used_bytes - missing_bytes, missing_bytes)
+        except OSError as error:
+            raise CorruptDataError(
+                f"{data_file} is {missing_bytes} bytes shorter than its own page count", "restore it from a copy"
+            ) from error
+
+    def _open_tables(self) -> None:
+        if self.readonly:
+            for name in TABLES:
+                try:
+                    self.tables[name] = self.env.open_db(name.encode(), create=False)
+                except (lmdb.NotFoundError, lmdb.ReadonlyError):
+                    continue
+            return
+        with self.env.begin() as transaction:
+            names = {bytes(key) for key, _ in transaction.cursor()}
+        if names - {name.encode() for name in TABLES} and not self._has_settings(names):
+            raise NotAStoreError(f"{self.path / DATA_FILE} is an LMDB file of something else", "choose another path")
+        self.tables = {name: self.env.open_db(name.encode()) for name in TABLES}
+
+    def _has_settings(self, names: set[bytes]) -> bool:
+        if META.encode() not in names:
+            return False
+        table = self.env.open_db(META.encode(), create=False)
+        with self.env.begin() as transaction:
+            return transaction.get(STORE_KEY, db=table) is not None
+
+
+_environments: dict[tuple[int, int], _Environment] = {}
+_environments_lock = threading.Lock()
+_inherited: list[_Environment] = []
+
+
+def _leave_parent() -> None:
+    """Forget, in a forked child, what the parent has open: it is never touched and never closed there."""
+    global _environments_lock
+    _environments_lock = threading.Lock()  # the parent may have held it
+    _inherited.extend(_environments.values())
+    _environments.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_leave_parent)
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    status = path.stat()
+    return status.st_dev, status.st_ino
+
+
+def _shared_environment(path: Path, *, readonly: bool, map_bytes: int) -> _Environment:
+    try:
+        identity = _identity(path)
+    except OSError as error:
+        raise _translated(error, path) from error
+    with _environments_lock:
+        environment = _environments.get(identity)
+        if environment is not None and not _is_current(environment, path):
+            environment = None  # the files were deleted, and others made in their place
+        if environment is not None and environment.readonly and not readonly:
+            raise StoreError(
+                f"{path} is already open for reading only in this process", "close the read-only handle first"
+            )
+        if environment is None:
+            environment = _Environment(path, readonly=readonly, map_bytes=map_bytes)
+            _environments[identity] = environment
+        environment.num_handles += 1
+        return environment
+
+
+def _is_current(environment: _Environment, path: Path) -> bool:
+    try:
+        return environment.data_file == _identity(path / DATA_FILE)
+    except OSError:
+        return False
+
+
+def _translated(error: Exception, path: Path) -> PromptDBError:
+    text = str(error)
+    code = error.errno if isinstance(error, OSError) else None
+    if code in _FULL_ERRNOS or any(os.strerror(full) in text for full in _FULL_ERRNOS):
+        return StoreFullError(
+            f"no space left for {path}: {text}", "free space or move the store; what it held is still readable"
+        )
+    if isinstance(error, (lmdb.InvalidError, lmdb.VersionMismatchError, lmdb.IncompatibleError)):
+        return NotAStoreError(
+            f"{path / DATA_FILE} is not a promptdb store: {text}",
+            "choose another path, or restore the file from a copy",
+        )
+    if isinstance(error, (lmdb.CorruptedError, lmdb.PageNotFoundError)):
+        return CorruptDataError(f"{path / DATA_FILE} is damaged: {text}", "restore it from a copy")
+    if isinstance(error, lmdb.ReadonlyError) or any(os.strerror(denied) in text for denied in _DENIED_ERRNOS):
+        return ReadOnlyStoreError(f"{path} cannot be written: {text}", "check the permissions, or open it read-only")
+    return StoreError(f"{path}: {text}")
+
+
+class LmdbIndex:
+    """Tables in an LMDB environment. See :class:`promptdb.tables.Index` for the contract.
+
+    Parameters
+    ----------
+    path : directory of the store; created, private to the user, unless ``readonly``.
+    readonly : open without the right to write.
+    map_bytes : initial size of the memory map. It doubles by itself (by 64 GiB at most) when it is full.
+
+    Raises
+    ------
+    NotAStoreError
+        The directory holds a file of the right name that LMDB does not understand.
+    RemoteFilesystemError
+        The directory is on a network filesystem.
+    ReadOnlyStoreError, StoreFullError, StoreError
+        The system's reason why it cannot be opened.
+
+    Notes
+    -----
+    Thread safe. Handles of one process on one directory share one environment. A handle is refused in a forked child.
+    """
+
+    def __init__(self, path: Path, *, readonly: bool = False, map_bytes: int = DEFAULT_MAP_BYTES) -> None:
+        if not readonly:
+            try:
+                path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            except OSError as error:
+                raise _translated(error, path) from error
+        refuse_remote(path)
+        self.readonly = readonly
+        self._environment = _shared_environment(path, readonly=readonly, map_bytes=map_bytes)
+        self._closed = False
+
+    def _check_usable(self) -> _Environment:
+        environment = self._environment
+        if self._closed:
+            raise StoreError(f"{environment.path} is closed", "open the store again")
+        if environment.pid != os.getpid():
+            raise StoreError(f"{environment.path} was opened before this process was forked", "open it in the child")
+        return environment
+
+    def _begin_read(self) -> Any:
+        """Return a read transaction, with the map lock held shared."""
+        environment = self._environment
+        while True:
+            self._check_usable()
+            thread = environment.map_lock.acquire()
+            try:
+                self._check_usable()  # it may have been closed while we waited
+                return thread, environment.env.begin(buffers=True)
+            except lmdb.MapResizedError:
+                environment.map_lock.release(thread)
+            except lmdb.Error as error:
+                environment.map_lock.release(thread)
+                raise _translated(error, environment.path) from error
+            except BaseException:
+                environment.map_lock.release(thread)
+                raise
+            self._adopt_map()
+
+    @contextmanager
+    def read(self) -> Iterator[Reader]:
+        """Hold a snapshot; see :meth:`promptdb.tables.Index.read`."""
+        environment = self._environment
+        thread, transaction = self._begin_read()
+        reader = _LmdbTransaction(transaction, environment)
+        try:
+            yield reader
+        except lmdb.Error as error:
+            raise _translated(error, environment.path) from error
+        finally:
+            reader.end()
+            transaction.abort()
+            environment.map_lock.release(thread)
+
+    def transact(self, work: Callable[[Writer], Result]) -> Result:
+        """Run ``work`` and commit it; see :meth:`promptdb.tables.Index.transact`."""
+        environment = self._check_usable()
+        if self.readonly:
+            raise ReadOnlyStoreError(f"{environment.path} is open for reading only", "open it for writing")
+        if environment.map_lock.is_held():
+            # The map could not grow under this thread's own snapshot, and two such threads would wait for each other.
+            raise StoreError("a thread cannot write while it reads", "leave read() first")
+        with environment.write_lock:
+            while True:
+                try:
+                    with environment.map_lock.shared():
+                        self._check_usable()
+                        return self._commit(work)
+                except lmdb.MapFullError:
+                    self._grow_map()
+                except lmdb.MapResizedError:
+                    self._adopt_map()
+                except lmdb.Error as error:
+                    raise _translated(error, environment.path) from error
+
+    def _commit(self, work: Callable[[Writer], Result]) -> Result:
+        transaction = self._environment.env.begin(write=True, buffers=True)
+        writer = _LmdbTransaction(transaction, self._environment)
+        try:
+            result = work(writer)
+            writer.end()
+            transaction.commit()
+        except BaseException:
+            writer.end()
+            transaction.abort()
+            raise
+        return result
+
+    def _grow_map(self) -> None:
+        environment = self._environment
+        with environment.map_lock.alone():
+            environment.env.reader_check()
+            size = environment.env.info()["map_size"]
+            try:
+                environment.env.set_mapsize(size + min(size, _MAX_GROWTH_BYTES))
+            except lmdb.Error as error:
+                raise _translated(error, environment.path) from error
+
+    def _adopt_map(self) -> None:
+        environment = self._environment
+        with environment.map_lock.alone():
+            self._check_usable()
+            try:
+                environment.env.set_mapsize(0)
+            except lmdb.Error as error:
+                raise _translated(error, environment.path) from error
+
+    def stats(self) -> dict[str, int]:
+        """Return sizes in bytes, and counts of pages and readers."""
+        environment = self._check_usable()
+        with environment.map_lock.shared():
+            self._check_usable()
+            info = environment.env.info()
+            page_bytes = environment.env.stat()["psize"]
+        return {
+            "file_bytes": (environment.path / DATA_FILE).stat().st_size,
+            "used_bytes": (info["last_pgno"] + 1) * page_bytes,
+            "map_bytes": info["map_size"],
+            "num_readers": info["num_readers"],
+        }
+
+    def close(self) -> None:
+        """Release the environment; the last handle of the process closes it."""
+        environment = self._environment
+        if environment.pid != os.getpid():
+            self._closed = True
+            return
+        with _environments_lock:
+            if self._closed:
+                return
+            if environment.num_handles == 1:
+                with environment.map_lock.alone():  # views on the map die with it: wait for those who read
+                    self._closed = True
+                    for identity, held in list(_environments.items()):
+                        if held is environment:
+                            del _environments[identity]
+                    environment.env.close()
+            self._closed = True
+            environment.num_handles -= 1
+
+
+class _LmdbTransaction:
+    """A :class:`promptdb.tables.Writer` over one lmdb transaction; keeps one cursor per table."""
+
+    def __init__(self, transaction: Any, environment: _Environment) -> None:
+        self._transaction = transaction
+        self._tables = environment.tables
+        self._path = environment.path
+        self._cursors: dict[str, Any] = {}
+
+    def _cursor(self, table: str) -> Any:
+        cursor = self._cursors.get(table)
+        if cursor is None:
+            cursor = self._cursors[table] = self._transaction.cursor(self._tables[table])
+        return cursor
+
+    def get(self, table: str, key: bytes) -> memoryview | None:
+        if table not in self._tables:
+            return None
+        value: memoryview | None = self._transaction.get(key, db=self._tables[table])
+        return value
+
+    def around(self, table: str, key: bytes) -> tuple[Item | None, Item | None]:
+        if table not in self._tables:
+            return None, None
+        cursor = self._cursor(table)
+        after = None
+        if cursor.set_range(key):
+            after = (bytes(cursor.key()), cursor.value())
+            found = cursor.prev()
+        else:
+            found = cursor.last()
+        before = (bytes(cursor.key()), cursor.value()) if found else None
+        return before, after
+
+    def scan(self, table: str, start: bytes = b"") -> Iterator[Item]:
+        if table not in self._tables:
+            return
+        with self._transaction.cursor(self._tables[table]) as cursor:
+            found = cursor.set_range(start) if start else cursor.first()
+            while found:
+                yield bytes(cursor.key()), cursor.value()
+                found = cursor.next()
+
+    def count(self, table: str) -> int:
+        if table not in self._tables:
+            return 0
+        entries: int = self._transaction.stat(self._tables[table])["entries"]
+        return entries
+
+    def put(self, table: str, key: bytes, value: bytes | bytearray | memoryview) -> None:
+        self._transaction.put(key, value, db=self._tables[table])
+
+    def delete(self, table: str, key: bytes) -> bool:
+        deleted: bool = self._transaction.delete(key, db=self._tables[table])
+        return deleted
+
+    def end(self) -> None:
+        """Close the cursors: lmdb wants that before the transaction ends."""
+        for cursor in self._cursors.values():
+            cursor.close()
+        self._cursors = {}

@@ -1,0 +1,204 @@
+"""Token bytes, prefix digests and index keys. Pure functions of bytes: no torch, no store.
+
+A prompt is held as *packed tokens*: its IDs as little-endian uint32, one after the other. Everything that is hashed,
+compared or stored is made from those bytes, never from a native integer type, so that machines agree.
+
+============================  ==============================================================================
+root digest ``R``             BLAKE3 of the tagged fields of a :class:`Root`
+prefix digest ``d(i)``        BLAKE3 keyed with ``R`` over packed tokens ``[0, i)``
+child hash of a span [s, e)   ``d(s)``: what the span is conditioned on
+node ID of a span [s, e)      BLAKE3 keyed with ``d(s)`` over packed tokens ``[s, e)``
+child key of a span [s, e)    ``d(s)``, then the first tokens of the span, big-endian so that they sort as numbers
+============================  ==============================================================================
+
+The key of a keyed hash has a fixed width (32 bytes) and so has every token: no two inputs read the same.
+"""
+
+from __future__ import annotations
+
+import sys
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+
+from blake3 import blake3
+
+from promptdb.errors import InputTypeError, TextEncodingError, TokenRangeError
+from promptdb.identity import FieldHasher
+
+DIGEST_BYTES = 32
+TOKEN_BYTES = 4
+
+# LMDB's default limit on a key is 511 bytes: 32 of child hash, up to 112 tokens, and 8 that keep two spans apart
+# which agree in all of those.
+CHILD_KEY_TOKENS = 112
+CHILD_KEY_SUFFIX_BYTES = 8
+
+# Bump when the meaning of a stored representation changes: old nodes then miss instead of being misread.
+ROOT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Root:
+    """What a representation depends on besides the tokens before it.
+
+    Parameters
+    ----------
+    weights_id : digest of everything that decides a forward pass, hex.
+    tokenizer_id : digest of everything that turns text into IDs, hex.
+    namespace : salt of a tenant; no lookup crosses from one namespace to another.
+    intervention_id : digest of hooks that change activations; empty for the plain model.
+
+    Notes
+    -----
+    Immutable and thread safe. ``digest`` is computed once, in microseconds.
+    """
+
+    weights_id: str
+    tokenizer_id: str
+    namespace: str = ""
+    intervention_id: str = ""
+
+    def __post_init__(self) -> None:
+        for name in ("weights_id", "tokenizer_id", "namespace", "intervention_id"):
+            if not isinstance(getattr(self, name), str):
+                raise InputTypeError(f"{name} must be a str, not {type(getattr(self, name)).__name__}")
+            if not getattr(self, name).isascii():
+                _check_unicode(name, getattr(self, name))
+
+    @cached_property
+    def digest(self) -> bytes:
+        """32 bytes, equal on every machine for equal fields."""
+        return _root_digest(self.weights_id, self.tokenizer_id, self.namespace, self.intervention_id)
+
+
+@lru_cache(maxsize=1024)  # a lookup of every call makes the same few roots again
+def _root_digest(weights_id: str, tokenizer_id: str, namespace: str, intervention_id: str) -> bytes:
+    hasher = FieldHasher("promptdb root")
+    hasher.field("version", ROOT_VERSION)
+    hasher.field("weights", weights_id)
+    hasher.field("tokenizer", tokenizer_id)
+    hasher.field("namespace", namespace)
+    hasher.field("intervention", intervention_id)
+    return hasher.digest()
+
+
+def _check_unicode(name: str, text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise TextEncodingError(f"{name} is not valid Unicode: {error}") from error
+
+
+def pack_tokens(token_ids: Iterable[int]) -> bytes:
+    """Pack token IDs as little-endian uint32.
+
+    Parameters
+    ----------
+    token_ids : n integers in [0, 2**32).
+
+    Returns
+    -------
+    bytes
+        4 n bytes.
+
+    Raises
+    ------
+    TokenRangeError
+        An ID is negative or does not fit.
+    InputTypeError
+        An item is not an integer, or bytes were given, of which nobody can tell how wide the integers are.
+    """
+    if isinstance(token_ids, (bytes, bytearray, memoryview)):
+        raise InputTypeError(
+            f"token IDs must be integers, not {type(token_ids).__name__}", "unpack_tokens() reads bytes"
+        )
+    try:
+        tokens = token_ids if isinstance(token_ids, array) and token_ids.typecode == "I" else array("I", token_ids)
+    except OverflowError as error:
+        raise TokenRangeError(f"a token ID is outside [0, 2**32): {error}") from error
+    except TypeError as error:
+        raise InputTypeError(f"token IDs must be integers: {error}") from error
+    if sys.byteorder == "big":
+        tokens = array("I", tokens)
+        tokens.byteswap()
+    return tokens.tobytes()
+
+
+def unpack_tokens(packed: bytes | memoryview) -> array[int]:
+    """Return the token IDs of packed tokens, as an array of uint32."""
+    tokens = array("I")
+    tokens.frombytes(packed)
+    if sys.byteorder == "big":
+        tokens.byteswap()
+    return tokens
+
+
+def num_tokens(packed: bytes | memoryview) -> int:
+    """Return how many tokens ``packed`` holds."""
+    return len(packed) // TOKEN_BYTES
+
+
+def common_prefix(left: bytes | memoryview, right: bytes | memoryview) -> int:
+    """Return how many tokens two packed sequences share at their start. Cost: O(log n) comparisons of slices."""
+    high = min(len(left), len(right)) // TOKEN_BYTES
+    if left[: high * TOKEN_BYTES] == right[: high * TOKEN_BYTES]:
+        return high
+    low = 0
+    while high - low > 1:
+        middle = (low + high) // 2
+        if left[low * TOKEN_BYTES : middle * TOKEN_BYTES] == right[low * TOKEN_BYTES : middle * TOKEN_BYTES]:
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+class PrefixHasher:
+    """Streams prefix digests of one prompt: ``at(i)`` for rising ``i``.
+
+    Not thread safe: one per walk. Cost: one pass over the tokens, and about a microsecond per digest.
+    """
+
+    def __init__(self, root_digest: bytes, packed: bytes) -> None:
+        self._packed = packed
+        self._hasher = blake3(key=root_digest)
+        self._position = 0
+
+    def at(self, position: int) -> bytes:
+        """Return ``d(position)``; positions must not fall."""
+        if position < self._position:
+            raise ValueError(f"prefix digests are streamed forward: {position} after {self._position}")
+        if position > self._position:
+            self._hasher.update(self._packed[self._position * TOKEN_BYTES : position * TOKEN_BYTES])
+            self._position = position
+        return self._hasher.digest()
+
+
+def prefix_digests(root_digest: bytes, packed: bytes, positions: Sequence[int]) -> Iterator[bytes]:
+    """Yield ``d(i)`` for each ``i`` of ``positions``, which must not fall."""
+    hasher = PrefixHasher(root_digest, packed)
+    for position in positions:
+        yield hasher.at(position)
+
+
+def node_id(child_hash: bytes, span: bytes) -> bytes:
+    """Return the node ID of the span with packed tokens ``span``, conditioned on ``child_hash``."""
+    return blake3(span, key=child_hash).digest()
+
+
+def child_key(child_hash: bytes, span: bytes, node: bytes) -> bytes:
+    """Return the key under which a span stands in the child index. At most 488 bytes."""
+    key = seek_key(child_hash, span)
+    if num_tokens(span) > CHILD_KEY_TOKENS:
+        key += node[:CHILD_KEY_SUFFIX_BYTES]
+    return key
+
+
+def seek_key(child_hash: bytes, following: bytes) -> bytes:
+    """Return where a query that goes on with packed tokens ``following`` would stand in the child index."""
+    tokens = array("I", following[: CHILD_KEY_TOKENS * TOKEN_BYTES])
+    # The bytes are little-endian whatever the machine is; turning each token's bytes round makes them sort as numbers.
+    tokens.byteswap()
+    return child_hash + tokens.tobytes()

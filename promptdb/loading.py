@@ -1,0 +1,100 @@
+"""Loading checkpoints with transformers, remembering the IDs of their files."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from promptdb.checkpoint import file_key, resolve, tokenizer_files_present
+from promptdb.errors import InputTypeError, ModelError, ModelNotFoundError
+
+if TYPE_CHECKING:
+    import torch
+
+    from promptdb.db import PromptDB
+
+
+def checkpoint_key(directory: Path, dtype: str = "auto") -> bytes:
+    """Return the digest under which a store remembers the IDs of a checkpoint that is loaded as ``dtype``."""
+    return file_key(directory, dtype=dtype, transformers=version("transformers"), torch=version("torch"))
+
+
+@dataclass(frozen=True)
+class LoadedCheckpoint:
+    """A model and a tokenizer, and what the store remembers of their files."""
+
+    model: Any
+    tokenizer: Any
+    directory: Path | None
+    key: bytes | None
+    known_weights_id: str | None
+
+    def remember(self, db: PromptDB, weights_id: str, tokenizer_id: str) -> None:
+        """Note the IDs of the files, so that the next process need not load them."""
+        if self.key is not None and not db.readonly:
+            fields = {"weights_id": weights_id, "tokenizer_id": tokenizer_id, "path": str(self.directory)}
+            db.registry.add_checkpoint(self.key, fields)
+
+
+def load_checkpoint(
+    db: PromptDB,
+    path_or_hub_id: str | os.PathLike[str],
+    *,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device | None = None,
+) -> LoadedCheckpoint:
+    """Load a checkpoint in eval mode on one device; see :meth:`promptdb.Engine.from_pretrained`.
+
+    Raises
+    ------
+    ModelNotFoundError
+        There is no such checkpoint, or no tokenizer beside it.
+    ModelError
+        transformers cannot load it; its reason is part of the message.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    if not isinstance(path_or_hub_id, (str, os.PathLike)):
+        raise InputTypeError(f"a checkpoint is named by a str or a path, not {type(path_or_hub_id).__name__}")
+    name = dtype if isinstance(dtype, str) else str(dtype).removeprefix("torch.")
+    if name != "auto" and not isinstance(getattr(torch, name, None), torch.dtype):
+        raise InputTypeError(f"{name!r} is not a dtype", 'choose "auto", "float32", "bfloat16" or "float16"')
+    chosen = "auto" if name == "auto" else getattr(torch, name)
+    source, directory = os.fspath(path_or_hub_id), None
+    try:
+        directory = resolve(source)
+    except ModelNotFoundError:
+        if os.path.exists(source) or not _may_be_on_hub(source):
+            raise
+    if directory is not None and not tokenizer_files_present(directory):
+        raise ModelNotFoundError(
+            f"there is no tokenizer in {directory}", "save it there: tokenizer.save_pretrained(directory)"
+        )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(directory or source)
+        model = AutoModelForCausalLM.from_pretrained(directory or source, dtype=chosen)
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        kind = ModelNotFoundError if isinstance(error, OSError) else ModelError
+        raise kind(
+            f"transformers cannot load {source}: {str(error).splitlines()[0]}", "check the path or hub ID"
+        ) from error
+    target = (
+        torch.device(device) if device is not None else torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    )
+    model = model.to(target).eval()
+    if directory is None:  # it was downloaded just now
+        try:
+            directory = resolve(source)
+        except ModelNotFoundError:
+            return LoadedCheckpoint(model, tokenizer, None, None, None)
+    key = checkpoint_key(directory, name)
+    known = db.registry.checkpoint(key) or {}
+    return LoadedCheckpoint(model, tokenizer, directory, key, known.get("weights_id"))
+
+
+def _may_be_on_hub(name: str) -> bool:
+    return name.count("/") <= 1 and not name.startswith((".", "/", "~")) and os.environ.get("HF_HUB_OFFLINE") != "1"

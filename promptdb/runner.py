@@ -1,0 +1,273 @@
+"""Forward passes of a Hugging Face decoder, and which models may be run here at all."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+from promptdb.errors import (
+    ModelPlacementError,
+    PromptTooLongError,
+    TokenRangeError,
+    TrainModeError,
+    UnsupportedModelError,
+)
+from promptdb.kv import PromptCache
+
+# Model types whose extension from a stored prefix is compared with a single pass in the tests, windows included. Others
+# run a probe first, see :meth:`Runner.probe`.
+TESTED_MODEL_TYPES = frozenset(
+    {
+        "gpt2", "opt", "gpt_neox", "llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text", "phi", "falcon",
+        "olmo2", "qwen3_moe", "deepseek_v3", "bloom", "mpt", "gptj",
+    }
+)  # fmt: skip
+
+# Positions computed in one pass. Longer suffixes are cut: logits of a pass take vocabulary x 4 bytes a position.
+MAX_PASS_TOKENS = 2048
+# Rows of logits that are turned into log-probabilities at once: they stay in the cache of the CPU.
+_ROWS = 16
+
+# Regimes in which the frequencies of rotary embeddings depend on the length of the text.
+_LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope", "su")
+
+_PROBE_TOKENS = 24
+
+
+@dataclass(frozen=True)
+class ForwardResult:
+    """What one computation of positions ``[start, end)`` gave besides the keys and values in the cache.
+
+    ``logprobs[i]`` is the log-probability of token ``start + 1 + i`` given those before it, ``[end - start - 1]`` float32
+    on the CPU, in nats; ``logits`` holds next-token logits ``[vocabulary]`` at the positions asked for.
+    """
+
+    logprobs: torch.Tensor
+    logits: dict[int, torch.Tensor]
+    all_logits: torch.Tensor | None
+
+
+class Runner:
+    """A model that was found fit: extends caches exactly. Not thread safe, as models are not.
+
+    Parameters
+    ----------
+    model : a ``PreTrainedModel`` with a language-model head, in eval mode, on one device.
+
+    Raises
+    ------
+    UnsupportedModelError
+        The architecture, by name and with the reason: encoder-decoders, several modalities, states that are more than
+        keys and values, length-dependent rotary embeddings without a stated limit.
+    TrainModeError, ModelPlacementError
+        The model as it is now cannot be used.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        config = getattr(model, "config", None)
+        if config is None or not callable(getattr(model, "forward", None)):
+            raise UnsupportedModelError(
+                f"{type(model).__name__} is not a Hugging Face model", "load one with AutoModelForCausalLM"
+            )
+        self.model_type: str = config.model_type
+        # An adapter's wrapper (peft) forwards keywords that only the inner model names.
+        inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self._parameters = inspect.signature(inner.forward).parameters
+        self._check_architecture(config, inner)
+        self.check_state()
+        self.vocabulary = int(model.get_input_embeddings().weight.shape[0])
+        self.max_tokens = _max_tokens(config)
+
+    def _check_architecture(self, config: Any, inner: Any) -> None:
+        def refuse(reason: str) -> UnsupportedModelError:
+            return UnsupportedModelError(f"{self.model_type} models are not supported: {reason}")
+
+        if getattr(config, "is_encoder_decoder", False):
+            raise refuse("an encoder sees the whole text")
+        if any(getattr(config, name, None) is not None for name in ("vision_config", "audio_config")):
+            raise refuse("only text models are")
+        if inner.get_output_embeddings() is None:
+            raise refuse(f"{type(inner).__name__} has no language-model head")
+        if "past_key_values" not in self._parameters:
+            raise refuse("the forward pass takes no past_key_values")
+        for layer in DynamicCache(config=config).layers:
+            if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
+                raise refuse(f"its cache has {type(layer).__name__}s, whose state is more than keys and values")
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model's weights are."""
+        device: torch.device = self.model.get_input_embeddings().weight.device
+        return device
+
+    @property
+    def needs_probe(self) -> bool:
+        """Whether nobody has compared this model type's extension with a single pass yet."""
+        # Falcon has a variant with ALiBi, which the tests do not cover.
+        return self.model_type not in TESTED_MODEL_TYPES or (
+            self.model_type == "falcon" and bool(getattr(self.model.config, "alibi", False))
+        )
+
+    def check_state(self) -> None:
+        """Raise if the model is in train mode or spread over several devices. Costs microseconds per module."""
+        for name, module in self.model.named_modules():
+            if module.training:
+                raise TrainModeError(
+                    f"the model{' part ' + name if name else ''} is in train mode, where dropout makes results random",
+                    "call model.eval()",
+                )
+        devices = {parameter.device for parameter in self.model.parameters()}
+        if len(devices) != 1 or next(iter(devices)).type == "meta":
+            raise ModelPlacementError(
+                f"the model's weights are on {', '.join(sorted(map(str, devices))) or 'no device'}",
+                "load it on one device: without device_map, or with device_map={'': 0}",
+            )
+
+    def check_prompt(self, token_ids: torch.Tensor) -> None:
+        """Raise if a prompt ``[n]`` is too long, or has IDs outside the vocabulary."""
+        count = token_ids.shape[0]
+        if self.max_tokens is not None and count > self.max_tokens:
+            raise PromptTooLongError(
+                f"the prompt has {count} tokens; this {self.model_type} computes {self.max_tokens} positions exactly",
+                "shorten the prompt",
+            )
+        largest = int(token_ids.max())
+        if largest >= self.vocabulary:
+            raise TokenRangeError(
+                f"token ID {largest} is outside the model's vocabulary of {self.vocabulary}",
+                "is this the model's own tokenizer?",
+            )
+
+    def provenance(self) -> dict[str, str | int | float]:
+        """Return how results are computed: versions, device, attention implementation."""
+        device = self.device
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        return {
+            "torch": torch.__version__,
+            "transformers": version("transformers"),
+            "device": name,
+            "attention": str(getattr(self.model.config, "_attn_implementation", "")),
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+        }
+
+    @torch.no_grad()
+    def extend(
+        self,
+        token_ids: torch.Tensor,
+        cache: PromptCache,
+        start: int,
+        want_logits: set[int],
+        *,
+        keep_all: bool = False,
+        pass_tokens: int = MAX_PASS_TOKENS,
+    ) -> ForwardResult:
+        """Compute positions ``[start, n)`` on top of a cache that holds ``[0, start)``, which grows in place.
+
+        Parameters
+        ----------
+        token_ids : ``[n]`` int64 on the CPU.
+        want_logits : positions i for which the logits after ``[0, i + 1)`` are returned.
+        keep_all : return the logits of all computed positions, ``[n - start, vocabulary]``.
+        pass_tokens : longest single pass.
+
+        Returns
+        -------
+        ForwardResult
+            On the CPU, but for logits, which stay where the model is.
+        """
+        end = token_ids.shape[0]
+        device = self.device
+        on_device = token_ids.to(device)
+        logprobs: list[torch.Tensor] = []
+        kept: dict[int, torch.Tensor] = {}
+        everything: list[torch.Tensor] = []
+        for first in range(start, end, pass_tokens):
+            last = min(first + pass_tokens, end)
+            rows = self._forward(on_device, cache, first, last)
+            targets = on_device[first + 1 : last + 1]  # one short in the last pass
+            logprobs.append(token_logprobs(rows[: targets.shape[0]], targets))
+            kept.update({at: rows[at - first].clone() for at in want_logits if first <= at < last})
+            if keep_all:
+                everything.append(rows)
+        return ForwardResult(torch.cat(logprobs).cpu(), kept, torch.cat(everything) if keep_all else None)
+
+    def _forward(self, token_ids: torch.Tensor, cache: PromptCache, first: int, last: int) -> torch.Tensor:
+        inputs: dict[str, Any] = {
+            "input_ids": token_ids[None, first:last],
+            # The full-length mask and explicit positions: defaults differ between architectures and versions.
+            "attention_mask": torch.ones((1, last), dtype=torch.long, device=token_ids.device),
+            "past_key_values": cache,
+            "use_cache": True,
+            "return_dict": True,
+        }
+        if "position_ids" in self._parameters:
+            inputs["position_ids"] = torch.arange(first, last, device=token_ids.device)[None]
+        output = self.model(**inputs)
+        if output.past_key_values is not cache:
+            raise UnsupportedModelError(
+                f"{self.model_type} models are not supported: they return a cache of their own",
+            )
+        logits: torch.Tensor = output.logits[0]
+        return logits
+
+    def probe(self) -> float:
+        """Return the largest difference between the logits of one pass and of the same tokens in three, relative to
+        the largest logit.
+
+        Notes
+        -----
+        Cost: two forward passes of 24 tokens. For architectures that no test covers; a wrong mask or position is silent
+        otherwise.
+        """
+        generator = torch.Generator().manual_seed(0)
+        count = min(_PROBE_TOKENS, self.max_tokens or _PROBE_TOKENS)
+        token_ids = torch.randint(0, self.vocabulary, (count,), generator=generator)
+        whole = self.extend(token_ids, PromptCache(count), 0, set(), keep_all=True)
+        parts = self.extend(token_ids, PromptCache(count), 0, set(), keep_all=True, pass_tokens=count // 3 + 1)
+        assert whole.all_logits is not None and parts.all_logits is not None
+        difference = (whole.all_logits.float() - parts.all_logits.float()).abs().max()
+        return float(difference / whole.all_logits.float().abs().max().clamp_min(1e-30))
+
+    def probe_tolerance(self) -> float:
+        """Return what :meth:`probe` may return for a model that extends exactly: rounding, and no more."""
+        return 1e-4 if self.model.dtype in (torch.float32, torch.float64) else 5e-2
+
+
+def token_logprobs(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Return ``log softmax(logits)[i, targets[i]]``, ``[m]`` float32, a few rows at a time.
+
+    A whole ``log_softmax`` would write as much memory again as the logits take, all of it fresh.
+    """
+    found = torch.empty(targets.shape[0], dtype=torch.float32, device=logits.device)
+    rows_at_once = _ROWS if logits.device.type == "cpu" else 256
+    for first in range(0, targets.shape[0], rows_at_once):
+        rows = logits[first : first + rows_at_once].float()
+        rows = rows[: targets.shape[0] - first]
+        chosen = rows.gather(1, targets[first : first + rows_at_once, None])[:, 0]
+        found[first : first + rows_at_once] = chosen - torch.logsumexp(rows, dim=1)
+    return found
+
+
+def _max_tokens(config: Any) -> int | None:
+    """Return how many positions the model computes without leaving its regime, or None if there is no limit."""
+    limits = [
+        getattr(config, name)
+        for name in ("max_position_embeddings", "n_positions", "max_seq_len")
+        if isinstance(getattr(config, name, None), int)
+    ]
+    parameters = getattr(config, "rope_parameters", None) or {}
+    nested = [value for value in parameters.values() if isinstance(value, dict)] or [parameters]
+    for rope in nested:
+        if rope.get("rope_type") in _LENGTH_DEPENDENT_ROPE:
+            original = rope.get("original_max_position_embeddings") or getattr(
+                config, "original_max_position_embeddings", None
+            )
+            if isinstance(original, int):
+                limits.append(original)
+    return min(limits) if limits else None

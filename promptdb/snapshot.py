@@ -1,0 +1,155 @@
+"""Reading nodes, blobs and logits inside one transaction, checked before they are believed."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+
+from promptdb.blobs import TensorView, parse_blob
+from promptdb.errors import CorruptDataError
+from promptdb.format import BLOBS, CHECKSUM_BYTES, LOGITS, NODES, NodeRecord, checksum
+from promptdb.keys import DIGEST_BYTES, TOKEN_BYTES, PrefixHasher, Root, node_id
+from promptdb.tables import Reader
+from promptdb.trie import Step, Walk, match
+
+VERIFY_MODES = ("always", "once", "never")
+
+
+class Verified:
+    """Which blobs this process has already checked, for the mode ``once``.
+
+    Thread safe. A checksum over a blob costs about as much as reading it, so ``once`` is the default: the first read of
+    a blob by a process pays for it, later ones read what is in the page cache already. Bounded: forgets everything
+    after a million blobs.
+    """
+
+    _MOST = 1_000_000
+
+    def __init__(self, mode: str) -> None:
+        self.mode = mode
+        self._seen: set[bytes] = set()
+        self._lock = threading.Lock()
+
+    def holds(self, key: bytes, content: memoryview, expected: bytes) -> bool:
+        """Return whether ``content`` under ``key`` has the ``expected`` checksum, or need not be checked."""
+        if self.mode == "never":
+            return True
+        # With the checksum: somebody else may remove a blob and store another under its key.
+        seen = key + expected
+        if self.mode == "once" and seen in self._seen:
+            return True
+        if checksum(key, content) != expected:
+            return False
+        with self._lock:
+            if len(self._seen) >= self._MOST:
+                self._seen.clear()
+            self._seen.add(seen)
+        return True
+
+
+@dataclass(frozen=True)
+class Match:
+    """What is stored of a prompt: the answer of a lookup.
+
+    Immutable; holds no resources. The spans may be removed by others after the lookup: reading them is then a miss.
+    """
+
+    root: Root
+    packed: bytes
+    steps: tuple[Step, ...]
+    num_tokens: int
+    has_logits: bool
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the whole prompt is stored, with the logits after its last token: nothing needs to be computed."""
+        return self.has_logits and self.num_tokens * TOKEN_BYTES == len(self.packed)
+
+
+class Snapshot:
+    """One consistent view of the store. Belongs to one thread, lives as long as its transaction.
+
+    Views that its methods return point into the store's memory map and die with it: copy before leaving.
+    """
+
+    def __init__(self, reader: Reader, verified: Verified) -> None:
+        self.reader = reader
+        self._verified = verified
+
+    def match(self, root: Root, packed: bytes) -> Match:
+        """Find the longest stored prefix of a prompt; see :func:`promptdb.trie.match`."""
+        walk: Walk = match(self.reader, root.digest, packed)
+        has_logits = False
+        if walk.num_tokens:
+            end = PrefixHasher(root.digest, packed).at(walk.num_tokens)
+            has_logits = self.reader.get(LOGITS, end) is not None
+        return Match(root, packed, walk.steps, walk.num_tokens, has_logits)
+
+    def record(self, node: bytes) -> NodeRecord | None:
+        """Return the record of a node, or None if it is gone.
+
+        Raises
+        ------
+        CorruptDataError
+            The record fails its checksum, or is not the record of that node.
+        """
+        data = self.reader.get(NODES, node)
+        if data is None:
+            return None
+        record = NodeRecord.unpack(node, data)
+        if node_id(record.child_hash, record.span) != node:
+            raise CorruptDataError(f"the record under node {node[:8].hex()} belongs to another span")
+        return record
+
+    def blob(self, node: bytes, record: NodeRecord, kind: str) -> dict[str, TensorView] | None:
+        """Return views of the tensors of a node's blob, or None if the node has no such blob.
+
+        Raises
+        ------
+        CorruptDataError
+            Size, checksum or header do not hold.
+        """
+        entry = record.blobs.get(kind)
+        key = node + kind.encode()
+        if entry is None:
+            return None
+        data = self.reader.get(BLOBS, key)
+        if data is None:
+            raise CorruptDataError(f"blob {kind} of node {node[:8].hex()} is missing")
+        if len(data) != entry.size_bytes:
+            raise CorruptDataError(
+                f"blob {kind} of node {node[:8].hex()} has {len(data)} bytes, not {entry.size_bytes}"
+            )
+        if not self._verified.holds(key, data, entry.checksum):
+            raise CorruptDataError(f"the checksum of blob {kind} of node {node[:8].hex()} does not hold")
+        return parse_blob(data)
+
+    def logits(self, prefix_digest: bytes) -> TensorView | None:
+        """Return the next-token logits after a prefix, shape ``[vocabulary]``, or None if they are not stored.
+
+        Raises
+        ------
+        CorruptDataError
+            Checksum or header do not hold.
+        """
+        data = self.reader.get(LOGITS, prefix_digest)
+        if data is None:
+            return None
+        content = data[CHECKSUM_BYTES:]
+        if not self._verified.holds(prefix_digest, content, bytes(data[:CHECKSUM_BYTES])):
+            raise CorruptDataError(f"the checksum of the logits after {prefix_digest[:8].hex()} does not hold")
+        tensors = parse_blob(content[DIGEST_BYTES:])
+        if "logits" not in tensors:
+            raise CorruptDataError(f"no logits in the blob after {prefix_digest[:8].hex()}")
+        return tensors["logits"]
+
+
+def pack_logits(prefix_digest: bytes, owner: bytes, blob: bytes | bytearray | memoryview) -> bytes:
+    """Return the value to store under a prefix digest: checksum, ID of the node that holds the position, blob."""
+    content = owner + blob
+    return checksum(prefix_digest, content) + content
+
+
+def logits_owner(value: memoryview) -> bytes:
+    """Return the ID of the node that stored logits belong to."""
+    return bytes(value[CHECKSUM_BYTES : CHECKSUM_BYTES + DIGEST_BYTES])

@@ -1,0 +1,67 @@
+"""What the trie and the database need of a storage engine: ordered tables of bytes, and transactions.
+
+Two implementations stand beside each other: :mod:`promptdb.index` (LMDB, on disk) and :mod:`promptdb.memory` (dicts,
+for stores that die with their process). One contract suite, :mod:`promptdb.testing`, runs on both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from typing import Protocol, TypeVar
+
+Result = TypeVar("Result")
+
+# A view's bytes are valid until the transaction that returned it ends; whoever keeps them must copy them before.
+Item = tuple[bytes, memoryview]
+
+
+class Reader(Protocol):
+    """A consistent snapshot of all tables. Belongs to one thread."""
+
+    def get(self, table: str, key: bytes) -> memoryview | None:
+        """Return the value under ``key``, or None."""
+
+    def around(self, table: str, key: bytes) -> tuple[Item | None, Item | None]:
+        """Return the last item before ``key`` and the first at or after it, in the order of the keys' bytes."""
+
+    def scan(self, table: str, start: bytes = b"") -> Iterator[Item]:
+        """Yield items from ``start`` on, in the order of the keys' bytes. The table must not be written meanwhile."""
+
+    def count(self, table: str) -> int:
+        """Return how many items the table has."""
+
+
+class Writer(Reader, Protocol):
+    """A snapshot that sees its own writes; they become visible to others all together or not at all."""
+
+    def put(self, table: str, key: bytes, value: bytes | bytearray | memoryview) -> None:
+        """Store ``value`` under ``key``, in place of what stood there."""
+
+    def delete(self, table: str, key: bytes) -> bool:
+        """Remove ``key``; return whether it was there."""
+
+
+class Index(Protocol):
+    """An open store. Thread safe: any number of readers beside one writer.
+
+    Keys have 1 to 511 bytes. Every method but ``close`` raises :class:`~promptdb.errors.StoreError` once it is closed.
+    """
+
+    readonly: bool
+
+    def read(self) -> AbstractContextManager[Reader]:
+        """Return a context manager that holds a snapshot. Never waits for writers."""
+
+    def transact(self, work: Callable[[Writer], Result]) -> Result:
+        """Run ``work`` in a write transaction and commit it durably; undo everything if it raises.
+
+        ``work`` may run more than once (the map may have to grow), so it must have no effects but its writes. A thread
+        that is inside ``read()`` or ``transact()`` is refused: it would wait for itself.
+        """
+
+    def stats(self) -> dict[str, int]:
+        """Return sizes of the storage engine, in bytes, pages and counts."""
+
+    def close(self) -> None:
+        """Release the store, when its readers have left. Closing twice is harmless; inside ``read()`` it is refused."""

@@ -1,0 +1,129 @@
+"""A walk over the whole store that finds everything that does not hold."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+
+from promptdb.errors import CorruptDataError
+from promptdb.format import (
+    BLOBS,
+    CHECKPOINTS,
+    CHILDREN,
+    LOGITS,
+    META,
+    MODELS,
+    NODES,
+    ROOTS,
+    TOKENIZERS,
+    NodeRecord,
+    unpack_record,
+    unpack_root,
+)
+from promptdb.keys import DIGEST_BYTES, TOKEN_BYTES, PrefixHasher, child_key, node_id
+from promptdb.snapshot import Snapshot, Verified, logits_owner
+from promptdb.tables import Reader
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something in the store that does not hold: in which table, under which key (hex), and what."""
+
+    table: str
+    key: str
+    what: str
+
+
+def verify(reader: Reader) -> list[Problem]:
+    """Check every record, blob, index entry and total of a snapshot.
+
+    Returns
+    -------
+    list of Problem
+        Empty if the store is sound.
+
+    Notes
+    -----
+    Reads everything: as fast as checksums go, about 10 GB/s from the page cache. Memory: a few dozen bytes per node.
+    """
+    problems: list[Problem] = []
+    snapshot = Snapshot(reader, Verified("always"))
+    totals: dict[bytes, Counter[str]] = defaultdict(Counter)
+    roots: dict[bytes, bytes] = {}  # root digest by node
+    starts: dict[bytes, bytes] = {}  # d(0) by root digest
+    blob_keys: set[bytes] = set()
+    child_keys: set[bytes] = set()
+
+    def report(table: str, key: bytes, what: str) -> None:
+        problems.append(Problem(table, key.hex(), what))
+
+    for node, value in reader.scan(NODES):
+        try:
+            record = NodeRecord.unpack(node, value)
+            if node_id(record.child_hash, record.span) != node:
+                raise CorruptDataError("the record belongs to another span")
+        except CorruptDataError as error:
+            report(NODES, node, error.message)
+            continue
+        root = roots[node] = record.root.digest
+        if root not in starts:
+            starts[root] = PrefixHasher(root, b"").at(0)
+        if (record.start == 0) != (record.child_hash == starts[root]):
+            report(NODES, node, f"its root and its start, {record.start}, do not agree")
+        for kind in record.blobs:
+            blob_key = node + kind.encode()
+            blob_keys.add(blob_key)
+            try:
+                if snapshot.blob(node, record, kind) is None:
+                    report(BLOBS, blob_key, "missing")
+            except CorruptDataError as error:
+                report(BLOBS, blob_key, error.message)
+        totals[root].update(num_nodes=1, num_tokens=record.num_tokens, blob_bytes=record.size_bytes)
+        key = child_key(record.child_hash, record.span, node)
+        child_keys.add(key)
+        entry = reader.get(CHILDREN, key)
+        if entry is None:
+            report(CHILDREN, key, "a node is not in the child index")
+        elif bytes(entry) != node + record.span:
+            report(CHILDREN, key, "an entry names another node or other tokens")
+    for key, _ in reader.scan(BLOBS):
+        if key not in blob_keys:
+            report(BLOBS, key, "no record owns this blob")
+    first = b""
+    for key, _ in reader.scan(CHILDREN):
+        if key not in child_keys:
+            report(CHILDREN, key, "an entry without a node")
+        if key[: DIGEST_BYTES + TOKEN_BYTES] == first:
+            report(CHILDREN, key, "two spans start with the same token of the same prefix")
+        first = key[: DIGEST_BYTES + TOKEN_BYTES]
+    for digest, value in reader.scan(LOGITS):
+        try:
+            snapshot.logits(digest)
+        except CorruptDataError as error:
+            report(LOGITS, digest, error.message)
+        owner = logits_owner(value)
+        if owner in roots:
+            totals[roots[owner]]["blob_bytes"] += len(value)
+        else:
+            report(LOGITS, digest, "no node owns these logits")
+    for digest, value in reader.scan(ROOTS):
+        try:
+            root_of, stored = unpack_root(digest, value)
+        except CorruptDataError as error:
+            totals.pop(digest, None)
+            report(ROOTS, digest, error.message)
+            continue
+        if root_of.digest != digest:
+            report(ROOTS, digest, "the fields do not give this digest")
+        counted = totals.pop(digest, Counter())
+        if any(amount != counted[name] for name, amount in stored.items()):
+            report(ROOTS, digest, f"totals are {stored}, counted {dict(counted)}")
+    for digest in totals:
+        report(ROOTS, digest, "missing")
+    for table in (META, MODELS, TOKENIZERS, CHECKPOINTS):
+        for key, value in reader.scan(table):
+            try:
+                unpack_record(key, value)
+            except CorruptDataError as error:
+                report(table, key, error.message)
+    return problems

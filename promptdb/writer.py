@@ -1,0 +1,171 @@
+"""Write-behind: commits run in a thread of their own, in order, and a failure is reported, never swallowed."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from promptdb.errors import PromptDBError, WriteBehindError
+from promptdb.keys import Root, common_prefix
+
+
+@dataclass(frozen=True)
+class _Job:
+    root: Root
+    packed: bytes
+    logits_at: frozenset[int]
+    work: Callable[[], object]
+    size_bytes: int
+
+
+class WriteBehind:
+    """A queue of commits and the thread that runs them.
+
+    Parameters
+    ----------
+    max_pending_bytes : a submission waits while more than this is queued, so that a fast producer cannot fill memory.
+
+    Notes
+    -----
+    Thread safe. The thread starts with the first job and is a daemon: a process that ends without :meth:`flush` or
+    :meth:`close` loses what was queued, never half of a job.
+    """
+
+    def __init__(self, max_pending_bytes: int = 1 << 30) -> None:
+        self.max_pending_bytes = max_pending_bytes
+        self._jobs: deque[_Job] = deque()
+        self._pending_bytes = 0
+        self._condition = threading.Condition()
+        self._thread: threading.Thread | None = None
+        self._failures: list[Exception] = []
+        self._stopping = False
+
+    def submit(
+        self, root: Root, packed: bytes, logits_at: Iterable[int], work: Callable[[], object], size_bytes: int
+    ) -> None:
+        """Queue a commit of spans of the prompt ``packed``; raise what an earlier one failed with.
+
+        Parameters
+        ----------
+        logits_at : lengths of the prefixes whose next-token logits the commit brings.
+
+        Raises
+        ------
+        WriteBehindError
+            An earlier commit failed. This one is not queued.
+        """
+        with self._condition:
+            self._raise_failures()
+            if self._stopping:
+                raise WriteBehindError("the engine is closed", "create another one")
+            while self._jobs and self._pending_bytes + size_bytes > self.max_pending_bytes:
+                self._condition.wait()
+            self._jobs.append(_Job(root, packed, frozenset(logits_at), work, size_bytes))
+            self._pending_bytes += size_bytes
+            if self._thread is None:
+                self._thread = threading.Thread(target=_run, args=(weakref.ref(self),), daemon=True)
+                self._thread.name = "promptdb-writer"
+                self._thread.start()
+            self._condition.notify_all()
+
+    def wait_for(self, root: Root, packed: bytes, stored_tokens: int, *, has_logits: bool) -> bool:
+        """Wait for queued commits that hold more of a prompt than its first ``stored_tokens`` tokens.
+
+        Parameters
+        ----------
+        has_logits : whether the logits after those tokens are stored; if not, a commit that brings them is waited for.
+
+        Returns
+        -------
+        bool
+            Whether there were any: look up again.
+        """
+
+        def has_more(job: _Job) -> bool:
+            if job.root != root:
+                return False
+            shared = common_prefix(job.packed, packed)
+            brings_logits = not has_logits and shared == stored_tokens and stored_tokens in job.logits_at
+            return shared > stored_tokens or brings_logits
+
+        with self._condition:
+            waited = False
+            while any(map(has_more, self._jobs)):
+                waited = True
+                self._condition.wait()
+            return waited
+
+    def flush(self) -> None:
+        """Wait until everything queued is durable.
+
+        Raises
+        ------
+        WriteBehindError
+            A commit failed since the last report; the cause is attached.
+        """
+        with self._condition:
+            while self._jobs:
+                self._condition.wait()
+            self._raise_failures()
+
+    def close(self) -> None:
+        """Flush, then stop the thread. Raises like :meth:`flush`."""
+        try:
+            self.flush()
+        finally:
+            with self._condition:
+                self._stopping = True
+                self._condition.notify_all()
+                thread = self._thread
+            if thread is not None:
+                thread.join()
+
+    def raise_failures(self) -> None:
+        """Raise what a commit failed with since the last report."""
+        with self._condition:
+            self._raise_failures()
+
+    def _raise_failures(self) -> None:
+        if not self._failures:
+            return
+        failures, self._failures = self._failures, []
+        first = failures[0]
+        more = f" (and {len(failures) - 1} more)" if len(failures) > 1 else ""
+        hint = first.hint if isinstance(first, PromptDBError) else ""
+        message = first.message if isinstance(first, PromptDBError) else repr(first)
+        raise WriteBehindError(f"a background write failed{more}: {message}", hint) from first
+
+    def _next(self, timeout_s: float) -> _Job | None:
+        with self._condition:
+            if not self._jobs and not self._stopping:
+                self._condition.wait(timeout_s)
+            return self._jobs[0] if self._jobs else None
+
+    def _done(self, error: Exception | None) -> None:
+        with self._condition:
+            # The job leaves the queue only now: until then, lookups know to wait for it.
+            job = self._jobs.popleft()
+            self._pending_bytes -= job.size_bytes
+            if error is not None:
+                self._failures.append(error)
+            self._condition.notify_all()
+
+
+def _run(reference: weakref.ref[WriteBehind]) -> None:
+    # A weak reference, so that an engine that was forgotten, not closed, does not live on in its thread.
+    while True:
+        queue = reference()
+        if queue is None or (queue._stopping and not queue._jobs):
+            return
+        job = queue._next(timeout_s=1.0)
+        if job is not None:
+            error: Exception | None = None
+            try:
+                job.work()
+            except Exception as failure:  # noqa: BLE001 - reported by the next call
+                error = failure
+            queue._done(error)
+        del queue, job

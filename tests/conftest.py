@@ -1,0 +1,59 @@
+"""Fixtures that more than one file uses: tiny models, a tokenizer, and stores that are sound when a test ends."""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+
+from promptdb import PromptDB
+
+# Compared with a single pass, exactly (to 1e-5 in float32).
+SUPPORTED = (
+    "gpt2", "opt", "gpt_neox", "llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text", "phi", "falcon", "olmo2",
+    "qwen3_moe", "deepseek_v3", "bloom", "mpt", "gptj",
+)  # fmt: skip
+# Their state is more than keys and values.
+REFUSED = ("qwen3_next", "mamba", "lfm2", "granitemoehybrid")
+
+TEXT = (
+    "Hello there. General Kenobi, you are a bold one.\n\nNaïve café: 你好, 🙂🙃! The quick brown fox jumps over the lazy dog, "
+    "again and again, 1234567890 times; then it rests.\n"
+)
+
+
+@cache
+def shared_model(arch: str):
+    """Return a tiny random model that no test may change."""
+    from promptdb.demo import random_model
+
+    return random_model(arch)
+
+
+@cache
+def shared_tokenizer():
+    from promptdb.demo import byte_tokenizer
+
+    return byte_tokenizer()
+
+
+@pytest.fixture
+def tokenizer():
+    return shared_tokenizer()
+
+
+@pytest.fixture
+def store_path(tmp_path):
+    return tmp_path / "store.promptdb"
+
+
+@pytest.fixture
+def db(store_path):
+    """A store on disk with short chunks, whose every byte must hold when the test ends."""
+    with PromptDB(store_path, chunk_tokens=16) as db:
+        yield db
+        assert db.verify() == []
