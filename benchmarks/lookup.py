@@ -112,7 +112,7 @@ def build(db: PromptDB, num_nodes: int) -> list[bytes]:
         entry = BlobEntry(len(BLOB), checksum(node + b"lp", BLOB))
         record = NodeRecord(ROOT, parent, child_hash, start, span, layout, {"lp": entry}, 0.0, 0.0)
         batch[NODES].append((node, record.pack(node)))
-        batch[CHILDREN].append((child_key(child_hash, span, node), node + span))
+        batch[CHILDREN].append((child_key(child_hash, span), node + span))
         batch[BLOBS].append((node + b"lp", BLOB))
         for name, amount in (("num_nodes", 1), ("num_tokens", len(span) // 4), ("blob_bytes", len(BLOB))):
             totals[name] += amount

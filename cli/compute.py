@@ -11,23 +11,36 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from promptdb.db import PromptDB, PutReport
+from promptdb.keys import Root
 
 if TYPE_CHECKING:
     from promptdb.engine import Engine
 
 
 class CountingDB(PromptDB):
-    """A store that notes what each put wrote. Thread safe: a list's append is."""
+    """A store that notes what each put wrote, by the prompt's packed tokens. Thread safe: a list's append is."""
 
     def __init__(self, path: str | None) -> None:
         super().__init__(path)
-        self.reports: list[tuple[bytes, PutReport]] = []
+        self._reports: list[tuple[bytes, PutReport]] = []
 
-    def put(self, root: Any, packed: bytes, *args: Any, **options: Any) -> PutReport:
+    def put(self, root: Root, packed: bytes, *args: Any, **options: Any) -> PutReport:
         """See :meth:`PromptDB.put`."""
         report = super().put(root, packed, *args, **options)
-        self.reports.append((packed, report))
+        self._reports.append((packed, report))
         return report
+
+    def written(self) -> dict[bytes, PutReport]:
+        """Return what was written so far for each prompt."""
+        totals: dict[bytes, PutReport] = {}
+        for packed, report in self._reports:
+            before = totals.get(packed, PutReport())
+            totals[packed] = PutReport(
+                before.num_spans + report.num_spans,
+                before.num_tokens + report.num_tokens,
+                before.num_bytes + report.num_bytes,
+            )
+        return totals
 
 
 @contextmanager

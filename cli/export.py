@@ -15,14 +15,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from promptdb.blobs import DTYPE_BYTES, TensorSpec, TensorView, plan_blob
-from promptdb.cli.failure import Failure
-from promptdb.cli.spans import REPAIR, record_of, stored_logits, stored_logprobs
 from promptdb.errors import CorruptDataError
 from promptdb.format import KV_BLOB, Layout
 from promptdb.keys import TOKEN_BYTES
 from promptdb.snapshot import Match, Snapshot
 from promptdb.trie import Step
 from promptdb.version import __version__
+
+from .failure import Failure
+from .spans import REPAIR, record_of, stored_logits, stored_logprobs
 
 _FLUSH_BYTES = 8 << 20
 
@@ -51,14 +52,13 @@ def export(snapshot: Snapshot, match: Match, path: Path) -> int:
     """
     spans = [(step, _read_span(snapshot, match, step)) for step in match.steps]
     layout = record_of(snapshot, match.steps[0]).layout if match.steps else ()
+    slots = {slot: (number, index) for number, group in enumerate(layout) for index, slot in enumerate(group.slots)}
     tensors: list[tuple[TensorSpec, _Slot | memoryview]] = []
-    for number, group in enumerate(layout):
-        row_bytes = group.head_dim * DTYPE_BYTES[group.dtype]
-        for index, slot in enumerate(group.slots):
-            name = f"layers.{slot // 2}.{'values' if slot % 2 else 'keys'}"
-            shape = (group.kv_heads, match.num_tokens, group.head_dim)
-            tensors.append((TensorSpec(name, group.dtype, shape), _Slot(number, index, group.kv_heads, row_bytes)))
-    tensors.sort(key=lambda item: int(item[0].name.split(".")[1]))
+    for slot, (number, index) in sorted(slots.items()):
+        group = layout[number]
+        name = f"layers.{slot // 2}.{'values' if slot % 2 else 'keys'}"
+        spec = TensorSpec(name, group.dtype, (group.kv_heads, match.num_tokens, group.head_dim))
+        tensors.append((spec, _Slot(number, index, group.kv_heads, group.head_dim * DTYPE_BYTES[group.dtype])))
     tensors += _small_tensors(snapshot, match)
     # Wide elements first, so that every tensor is aligned to its elements, as the safetensors library does it.
     tensors.sort(key=lambda item: -DTYPE_BYTES[item[0].dtype])

@@ -7,14 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from promptdb.checkpoint import describe, resolve, tokenizer_files_present
-from promptdb.cli.failure import Failure
-from promptdb.cli.options import DTYPES
 from promptdb.db import PromptDB
 from promptdb.errors import CorruptDataError, ModelNotFoundError, PromptTooLongError
 from promptdb.format import CHECKPOINTS, unpack_record
 from promptdb.keys import Root
 from promptdb.loading import checkpoint_key
 from promptdb.tokens import Encoder, Prompt
+
+from .failure import Failure
+from .options import DTYPES
 
 
 class UnknownModelError(Failure):
@@ -30,6 +31,7 @@ class KnownModel:
 
     root: Root
     encoder: Encoder
+    model_type: str
     max_tokens: int
 
     def tokenize(self, pieces: tuple[str, ...]) -> Prompt:
@@ -37,7 +39,7 @@ class KnownModel:
         prompt = self.encoder.encode(pieces)
         if 0 < self.max_tokens < prompt.num_tokens:
             raise PromptTooLongError(
-                f"the prompt has {prompt.num_tokens} tokens; this model computes {self.max_tokens} positions exactly",
+                f"the prompt has {prompt.num_tokens} tokens; this {self.model_type} computes {self.max_tokens} positions exactly",
                 "shorten the prompt",
             )
         return prompt
@@ -56,18 +58,33 @@ def find_model(db: PromptDB, model: str, dtype: str, namespace: str) -> KnownMod
     directory = resolve(model)
     known = db.registry.checkpoint(checkpoint_key(directory, dtype))
     if known is None:
-        describe(directory)
-        if not tokenizer_files_present(directory):
-            raise ModelNotFoundError(
-                f"there is no tokenizer in {directory}", "save it there: tokenizer.save_pretrained(directory)"
-            )
+        _check_files(directory)
         raise _unknown(db, model, directory, dtype)
     try:
         root = Root(known["weights_id"], known["tokenizer_id"], namespace)
-        tokenizer, weights = db.registry.tokenizer(root.tokenizer_id), db.registry.model(root.weights_id) or {}
-        return KnownModel(root, Encoder.from_registry(tokenizer), int(weights.get("max_tokens") or 0))
+        encoder = Encoder.from_registry(db.registry.tokenizer(root.tokenizer_id))
+        fields = db.registry.model(root.weights_id) or {}
+        return KnownModel(root, encoder, str(fields.get("model_type", "model")), int(fields.get("max_tokens") or 0))
     except (KeyError, TypeError) as error:
-        raise CorruptDataError(f"the store's entry of {model} lacks or garbles {error}", "`promptdb put` it again") from error
+        message = f"the store's entry of {model} lacks or garbles {error}"
+        raise CorruptDataError(message, "`promptdb put` writes it again") from error
+
+
+def check_checkpoint(model: str) -> None:
+    """Raise what is wrong with a checkpoint on this machine, before a store is created or torch is imported.
+
+    A name that may be on the hub passes.
+    """
+    if Path(model).expanduser().exists() or model.startswith((".", "/", "~")):
+        _check_files(resolve(model))
+
+
+def _check_files(directory: Path) -> None:
+    describe(directory)
+    if not tokenizer_files_present(directory):
+        raise ModelNotFoundError(
+            f"there is no tokenizer in {directory}", "save it there: tokenizer.save_pretrained(directory)"
+        )
 
 
 def _unknown(db: PromptDB, model: str, directory: Path, dtype: str) -> UnknownModelError:
@@ -80,7 +97,7 @@ def _unknown(db: PromptDB, model: str, directory: Path, dtype: str) -> UnknownMo
     paths = {Path(path).resolve() for entry in checkpoints(db) if (path := entry.get("path"))}
     if directory.resolve() in paths:
         return UnknownModelError(
-            f"the files of {model}, or the versions of torch and transformers, have changed since its prompts were stored",
+            f"the files of {model}, or the versions of torch and transformers, have changed since it was stored",
             "`promptdb get --compute` or `promptdb put` identifies it again; what is still the same is found again",
         )
     return UnknownModelError(

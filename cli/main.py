@@ -13,9 +13,10 @@ from typing import TextIO
 
 import click
 
-from promptdb.cli.failure import Failure
 from promptdb.errors import NodeNotFoundError, PromptDBError
 from promptdb.version import __version__
+
+from .failure import Failure
 
 INTERRUPTED = 130
 BROKEN_PIPE = 141
@@ -32,7 +33,7 @@ COMMANDS = {
     "rm": ("remove", "Remove spans and all that stands on them."),
     "stat": ("store", "Show totals of the store."),
     "models": ("store", "List known models and tokenizers."),
-    "demo-model": ("demo_model", "Write a small model and its tokenizer, for trying things out."),
+    "demo-model": ("demo_model", "Write a small language model and its tokenizer to DIR."),
 }
 
 
@@ -47,7 +48,7 @@ class LazyGroup(click.Group):
         """Import a command."""
         if cmd_name not in COMMANDS:
             return None
-        module = import_module(f"promptdb.cli.{COMMANDS[cmd_name][0]}")
+        module = import_module(f".{COMMANDS[cmd_name][0]}", __package__)
         command: click.Command = getattr(module, cmd_name.replace("-", "_"))
         return command
 

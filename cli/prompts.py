@@ -11,8 +11,9 @@ from typing import Any, NoReturn
 
 import click
 
-from promptdb.cli.failure import Failure
 from promptdb.errors import EmptyPromptError, PromptError, TextEncodingError
+
+from .failure import Failure
 
 
 @dataclass(frozen=True)

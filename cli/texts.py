@@ -16,20 +16,20 @@ def printable(text: str) -> str:
 
 
 def quoted(text: str) -> str:
-    """Return a token's text in quotes, so that spaces at its ends show."""
+    """Return a text on one line, in quotes, so that spaces at its ends show."""
     return f'"{printable(text)}"'
 
 
 def head(text: str, width: int) -> str:
-    """Return the start of a text, on one line."""
+    """Return the start of a text, as :func:`quoted`; at most ``width`` characters in the quotes."""
     shown = printable(text[: width + 1])
-    return shown if len(shown) <= width else shown[: width - 1] + "…"
+    return f'"{shown}"' if len(shown) <= width else f'"{shown[:width]}"…'
 
 
 def tail(text: str, width: int) -> str:
-    """Return the end of a text, on one line."""
+    """Return the end of a text, as :func:`quoted`; at most ``width`` characters in the quotes."""
     shown = printable(text[-width - 1 :])
-    return shown if len(shown) <= width else "…" + shown[1 - width :]
+    return f'"{shown}"' if len(shown) <= width else f'…"{shown[-width:]}"'
 
 
 def token_texts(encoder: Encoder, ids: Sequence[int], before: Sequence[int] = ()) -> list[str]:

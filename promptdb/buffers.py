@@ -1,4 +1,5 @@
-"""Memory that is used again. Touching fresh memory costs page faults (about 1 GB/s); used memory is 5 to 10 times faster.
+"""Memory that is used again. Touching fresh memory costs page faults (about 1 GB/s); used memory is 5 to 10 times
+faster.
 
 A lease is given back when nobody can reach its bytes any more: every view, a tensor among them, keeps the lease object
 alive, and the memory returns to the pool only when that object dies. Nobody can ever see another's bytes change.

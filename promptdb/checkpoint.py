@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from promptdb.errors import ModelNotFoundError
-from promptdb.identity import FieldHasher
+from promptdb.hashing import FieldHasher
 
 __all__ = ["describe", "file_key", "resolve", "tokenizer_files_present"]
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from promptdb.errors import (
     CorruptDataError,
@@ -177,7 +177,7 @@ class PromptDB:
         """Release the store. Closing twice is harmless; everything that was put is already durable."""
         self._index.close()
 
-    def __enter__(self) -> PromptDB:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -227,12 +227,13 @@ class PromptDB:
 
         Notes
         -----
-        One read transaction and two index reads per span. Thread safe.
+        One read transaction, one digest and one index read per span. Thread safe.
         """
         packed = token_ids if isinstance(token_ids, bytes) else pack_tokens(token_ids)
         _check_packed(packed)
-        with self.read() as snapshot:
-            return snapshot.match(Root(model, tokenizer, namespace, intervention), packed)
+        root = Root(model, tokenizer, namespace, intervention)
+        with self._index.read() as reader:
+            return Snapshot(reader, self._verified).match(root, packed)
 
     def roots(self) -> list[tuple[Root, dict[str, int]]]:
         """Return every root that has spans, with its totals: ``num_nodes``, ``num_tokens``, ``blob_bytes``."""
@@ -292,6 +293,29 @@ class PromptDB:
             pieces.append(parent.span[: (start - parent.start) * TOKEN_BYTES])
             record, start = parent, parent.start
         return b"".join(reversed(pieces))
+
+    def subtree(self, snapshot: Snapshot, node: bytes) -> list[tuple[bytes, bytes | None]]:
+        """Return a span and everything that stands on it, the span first, each with its packed tokens from position 0.
+
+        The tokens are None if a span before this one is gone; what stands on it is then unknown.
+
+        Raises
+        ------
+        NodeNotFoundError
+            There is no such node.
+        """
+        record = snapshot.record(node)
+        if record is None:
+            raise NodeNotFoundError(f"no node {node.hex()}", "`promptdb ls` lists them")
+        prefix = self.prefix(snapshot, record)
+        if prefix is None:
+            # The span that it was put on is gone, but others may have taken that one's place: look at all.
+            reachable = descendants(snapshot.reader, record.root.digest, b"", -1)
+            prefix = next((tokens for _, each, tokens in reachable if each == node), None)
+        if prefix is None:
+            return [(node, None)]
+        following = descendants(snapshot.reader, record.root.digest, prefix, record.start)
+        return [(node, prefix), *((child, tokens) for _, child, tokens in following)]
 
     def stat(self) -> dict[str, int]:
         """Return totals of the store: nodes, tokens, bytes of blobs, and sizes of the file. Cheap."""
@@ -379,26 +403,29 @@ class PromptDB:
         """
 
         def work(writer: Writer) -> int:
-            snapshot = Snapshot(writer, Verified("never"))
-            record = snapshot.record(node)
-            if record is None:
-                raise NodeNotFoundError(f"no node {node.hex()}", "`promptdb ls` lists them")
-            prefix = self.prefix(snapshot, record)
-            if prefix is None and not only:
-                # The span that it was put on is gone, but others may have taken that one's place: look at all.
-                reachable = descendants(writer, record.root.digest, b"", -1)
-                prefix = next((tokens for _, each, tokens in reachable if each == node), None)
-            doomed = [(node, prefix)]
-            if prefix is not None and not only:
-                doomed += [
-                    (child, tokens)
-                    for _, child, tokens in descendants(writer, record.root.digest, prefix, record.start)
-                ]
+            doomed = self.subtree(Snapshot(writer, Verified("never")), node)
+            if only:
+                del doomed[1:]
             for each, tokens in doomed:
                 _remove(writer, each, tokens)
             return len(doomed)
 
         return self._index.transact(work)
+
+    def remove_logits(self, root: Root, prefix_digest: bytes) -> bool:
+        """Remove the next-token logits after a prefix; return whether they were stored."""
+
+        def work(writer: Writer) -> bool:
+            data = writer.get(LOGITS, prefix_digest)
+            if data is None:
+                return False
+            size_bytes = len(data)
+            writer.delete(LOGITS, prefix_digest)
+            _add_to_totals(writer, root, 0, 0, -size_bytes)
+            return True
+
+        return self._index.transact(work)
+
 
 
 def _check_packed(packed: bytes) -> None:

@@ -14,7 +14,6 @@ from promptdb.cost import CostModel
 from promptdb.db import PromptDB
 from promptdb.errors import InputTypeError, NonFiniteError, StoreError, UnsupportedModelError
 from promptdb.explain import Explanation, explain
-from promptdb.identity import tokenizer_id
 from promptdb.keys import Root, unpack_tokens
 from promptdb.kv import PromptCache, bytes_per_token, layout_of
 from promptdb.loader import Loader
@@ -22,6 +21,7 @@ from promptdb.representation import Representation
 from promptdb.runner import Runner, token_logprobs
 from promptdb.snapshot import Match
 from promptdb.storer import Storer
+from promptdb.tokenizer_identity import tokenizer_id
 from promptdb.tokens import Encoder, Prompt, as_prompt
 from promptdb.trie import cut
 from promptdb.version import __version__
@@ -55,9 +55,9 @@ class Engine:
 
     Notes
     -----
-    A context manager; leaving it waits until everything is durable. :meth:`get` may be called from several threads: full
-    hits run side by side, computations one after the other. The model is identified once, at the speed of memory, and
-    watched for changes at every call (see :class:`promptdb.watch.ModelWatch` for the limits).
+    A context manager; leaving it waits until everything is durable. :meth:`get` may be called from several threads:
+    full hits run side by side, computations one after the other. The model is identified once, at the speed of memory,
+    and watched for changes at every call (see :class:`promptdb.watch.ModelWatch` for the limits).
     """
 
     def __init__(
@@ -233,7 +233,8 @@ class Engine:
         Parameters
         ----------
         prompt : text, a list of pieces (spans are cut at their ends), a ``Text``, or n token IDs.
-        logits : ``"last"``, or ``"all"`` for those after every token. All are never stored: the whole prompt is computed.
+        logits : ``"last"``, or ``"all"`` for those after every token. All are never stored: the whole prompt is
+            computed.
         store : keep what was computed.
 
         Returns
@@ -302,8 +303,8 @@ class Engine:
         token_ids = torch.tensor(unpack_tokens(asked.packed), dtype=torch.int64)
         runner.check_prompt(token_ids)
         looked_up = perf_counter()
-        # The log-probability of the first computed token needs the logits after the token before it. Where those are not
-        # stored, and where a full hit lacks its last logits, one token is computed again.
+        # The log-probability of the first computed token needs the logits after the token before it. Where those are
+        # not stored, and where a full hit lacks its last logits, one token is computed again.
         before = self._loader.logits(match) if match.num_tokens < total else None
         start = match.num_tokens if before is not None else max(0, match.num_tokens - 1)
         if keep_all or not self.cost.estimate(start).load_wins:

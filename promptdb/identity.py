@@ -1,4 +1,4 @@
-"""Who computed this: digests of a model's and of a tokenizer's content.
+"""Who computed this: the digest of a model's content.
 
 A representation may be reused only by a forward pass that would compute the same thing. The rule when in doubt: another
 ID (a miss costs time), or :class:`~promptdb.errors.IdentityError` naming what cannot be identified. Never the reverse.
@@ -18,29 +18,22 @@ import ctypes
 import dataclasses
 import enum
 import functools
-import json
-import struct
 import sys
 import types
-from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from blake3 import blake3
 
+from promptdb.code_identity import class_id, code_id
 from promptdb.errors import IdentityError, InputTypeError
+from promptdb.hashing import FieldHasher
+from promptdb.refusals import refuse_attention, refuse_hooks, refuse_patched
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["FieldHasher", "tokenizer_id", "weights_id"]
-
-IDENTIFIED = "__promptdb_identified__"
-"""A hook with this attribute set true is accounted for elsewhere (by an intervention ID), and is not refused."""
-
-_LIBRARIES = frozenset(
-    {"accelerate", "bitsandbytes", "builtins", "peft", "promptdb", "torch", "torchao", "transformers"}
-)
+__all__ = ["weights_id"]
 
 # Configuration fields that no forward pass reads, or that choose how and not what to compute. All others count, those
 # of a model nobody has heard of too. pad_token_id counts: some forward passes compare input IDs with it.
@@ -84,61 +77,6 @@ _VARS_IGNORED = frozenset(
     }
 )
 _KEYS_IGNORED = frozenset({"device_map", "hf_device_map"})  # placement, in the keyword arguments that peft keeps
-
-
-class FieldHasher:
-    """BLAKE3 over tagged, length-prefixed fields, so that no two sequences of fields share their bytes.
-
-    A field is ``len(tag) | tag | type | len(value) | value``; lengths are unsigned 64-bit little-endian, ``type`` is
-    one byte: ``b`` bytes, ``s`` UTF-8 text, ``i`` signed 64-bit little-endian, ``f`` IEEE 754 binary64 little-endian,
-    ``t`` boolean, ``n`` None. The first field has tag ``domain`` and holds the domain.
-
-    Parameters
-    ----------
-    domain : what is hashed and in which version of its layout; digests of different domains never meet.
-
-    Notes
-    -----
-    Pure; about 1 µs a field. Not thread safe: one hasher, one thread.
-    """
-
-    __slots__ = ("_hash",)
-
-    def __init__(self, domain: str) -> None:
-        self._hash = blake3()
-        self.field("domain", domain)
-
-    def field(self, tag: str, value: bytes | str | int | float | bool | None) -> FieldHasher:
-        """Add one field and return the hasher.
-
-        Raises
-        ------
-        InputTypeError
-            ``value`` has none of the types above.
-        OverflowError
-            ``value`` is an integer outside [-2**63, 2**63).
-        """
-        if isinstance(value, bytes):
-            kind, raw = b"b", value
-        elif isinstance(value, str):
-            kind, raw = b"s", value.encode()
-        elif isinstance(value, bool):  # before int, of which it is a subclass
-            kind, raw = b"t", b"\x01" if value else b"\x00"
-        elif isinstance(value, int):
-            kind, raw = b"i", value.to_bytes(8, "little", signed=True)
-        elif isinstance(value, float):
-            kind, raw = b"f", struct.pack("<d", value)
-        elif value is None:
-            kind, raw = b"n", b""
-        else:
-            raise InputTypeError(f"field {tag!r}: cannot hash a {type(value).__name__}", "bytes, str, int, float, bool")
-        name = tag.encode()
-        self._hash.update(struct.pack("<Q", len(name)) + name + kind + struct.pack("<Q", len(raw)) + raw)
-        return self
-
-    def digest(self) -> bytes:
-        """Return the 32-byte digest of the fields so far; more may follow."""
-        return bytes(self._hash.digest())
 
 
 def weights_id(model: Any) -> str:
@@ -212,7 +150,7 @@ class Walk:
         self._hash = FieldHasher("promptdb/weights/1")
         for hooks in (torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks):
             self.containers.append(hooks)
-            _refuse_hooks("every module (global)", hooks.values())
+            refuse_hooks("every module (global)", hooks.values())
         try:
             for name, module in model.named_modules(remove_duplicate=False):
                 self._module(name, module)
@@ -223,10 +161,10 @@ class Walk:
     def _module(self, name: str, module: torch.nn.Module) -> None:
         cls, attributes = type(module), vars(module)
         where = f"{name or 'model'} ({cls.__name__})"
-        _refuse_patched(where, module)
+        refuse_patched(where, module)
         self._hash.field("module", name)
         if cls not in self.classes:
-            self.classes[cls] = (_class_id(cls), _code_id(where, cls.forward))
+            self.classes[cls] = (class_id(cls), code_id(where, cls.forward))
         self._hash.field("class", self.classes[cls][0]).field("forward", self.classes[cls][1])
         self.containers += (attributes, module._modules, module._parameters, module._buffers)
         self.containers += (module._forward_hooks, module._forward_pre_hooks)
@@ -317,17 +255,17 @@ class Walk:
             self._value(where, "arguments", value.args)
             self._value(where, "keywords", value.keywords)
         elif isinstance(value, type):
-            field(tag, f"type {_class_id(value)}")
+            field(tag, f"type {class_id(value)}")
         elif callable(getattr(value, "to_dict", None)):
             field(tag, "config").field("content", self._config(where, value))
         elif isinstance(value, (types.FunctionType, types.BuiltinFunctionType)):
-            field(tag, "function").field("code", _code_id(where, value))
+            field(tag, "function").field("code", code_id(where, value))
             for part in ("__defaults__", "__kwdefaults__"):
                 self._value(f"{where}{part}", part, getattr(value, part, None))
             for cell in getattr(value, "__closure__", None) or ():
                 self._value(f"{where} closure", "cell", cell.cell_contents)
         elif dataclasses.is_dataclass(value):
-            field(tag, f"dataclass {_class_id(type(value))}")
+            field(tag, f"dataclass {class_id(type(value))}")
             self._value(where, "fields", vars(value))
         elif callable(getattr(value, "item", None)) and getattr(value, "shape", None) == ():  # a NumPy scalar
             self._value(where, tag, value.item())
@@ -341,7 +279,7 @@ class Walk:
         """Digest a configuration object; modules share one, so each is hashed once."""
         known = self._config_digests.get(id(config))
         if known is None:
-            _refuse_attention(where, config)
+            refuse_attention(where, config)
             outer, self._hash = self._hash, FieldHasher("promptdb/config/1")
             self._hash.field("class", type(config).__name__)
             ours, self.containers = self.containers, []
@@ -370,7 +308,7 @@ class Walk:
         h.field("dtype", str(tensor.dtype)).field("shape", ",".join(map(str, tensor.shape)))
         if hasattr(type(tensor), "__tensor_flatten__"):  # a wrapper, such as torchao's: hash what it wraps
             names, context = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
-            h.field("class", _class_id(type(tensor)))
+            h.field("class", class_id(type(tensor)))
             outer, self._hash = self._hash, h
             self._value(f"{where} context", "context", context)
             self._hash = outer
@@ -447,189 +385,3 @@ def _without_ignored(fields: Mapping[str, Any]) -> dict[str, Any]:
         for key, value in fields.items()
         if key not in _CONFIG_IGNORED
     }
-
-
-def _refuse_patched(where: str, module: torch.nn.Module) -> None:
-    """Refuse behaviour that was changed from outside and that no digest can describe."""
-    attributes = vars(module)
-    if "_orig_mod" in module._modules or attributes.get("_compiled_call_impl") is not None:
-        raise IdentityError(f"{where} is compiled", "pass the model as it was before torch.compile (._orig_mod)")
-    _refuse_hooks(where, module._forward_hooks.values())
-    _refuse_hooks(where, module._forward_pre_hooks.values())
-    if "forward" in attributes:
-        hook, old = attributes.get("_hf_hook"), attributes.get("_old_forward")
-        moved = type(hook).__module__.split(".")[0] == "accelerate"  # AlignDevicesHook: moves tensors, no more
-        if not (moved and getattr(old, "__func__", None) is type(module).forward):
-            raise IdentityError(
-                f"{where}.forward is patched", "delete the attribute, or write a subclass: its source is identified"
-            )
-
-
-def _refuse_hooks(where: str, hooks: Iterable[Callable[..., Any]]) -> None:
-    for hook in hooks:
-        origin, name = getattr(hook, "__module__", ""), getattr(hook, "__qualname__", type(hook).__qualname__)
-        # Left behind by output_hidden_states=True: it only takes notes. The others let gradients reach the input.
-        notes = origin == "transformers.utils.output_capturing"
-        grads = name.endswith(("make_inputs_require_grads", "make_inputs_require_grad")) and origin.split(".")[0] in (
-            "transformers",
-            "peft",
-        )
-        if not (notes or grads or getattr(hook, IDENTIFIED, False)):
-            raise IdentityError(
-                f"{where} has a forward hook, {origin}.{name}, that could change the results",
-                "remove the handle, or use promptdb.hooks, which names what it changes",
-            )
-
-
-def _refuse_attention(where: str, config: Any) -> None:
-    """Refuse an attention function of the user's own: implementations are not part of the ID, as libraries' agree."""
-    name = getattr(config, "_attn_implementation", None)
-    if not isinstance(name, str) or name == "eager":
-        return
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-    function = ALL_ATTENTION_FUNCTIONS.get(name)
-    origin = getattr(function, "__module__", None) or "transformers"
-    if origin.split(".")[0] not in _LIBRARIES and "/" not in name and not getattr(function, IDENTIFIED, False):
-        raise IdentityError(
-            f"{where}: attention implementation {name!r} is {origin}.{getattr(function, '__qualname__', function)}",
-            "use one that ships with transformers, such as 'sdpa'",
-        )
-
-
-def _code_id(where: str, function: Any) -> str:
-    """Name a function of a known library; add the source of any other, which may change under its name."""
-    origin = getattr(function, "__module__", None) or "builtins"
-    name = getattr(function, "__qualname__", None) or getattr(function, "__name__", None) or type(function).__qualname__
-    if origin.split(".")[0] in _LIBRARIES:
-        return f"{origin}.{name}"
-    return f"{name} {_source_id(where, function, origin)}"
-
-
-def _class_id(cls: Any) -> str:
-    """Name a class; add the sources of those of its bases that are not of a known library."""
-    parts = [cls.__qualname__]
-    for base in cls.__mro__:
-        top = base.__module__.split(".")[0]
-        if top in _LIBRARIES or top in sys.stdlib_module_names:  # __main__ is in neither
-            parts.append(f"{base.__module__}.{base.__qualname__}")
-            break  # the bases of a library's class are the library's
-        parts.append(_source_id(base.__qualname__, base, base.__module__))
-    return " ".join(parts)
-
-
-def _source_id(where: str, code: Any, origin: str) -> str:
-    """Digest of the file that defines ``code``, as its helpers count too; in a notebook, of its own source.
-
-    Its bytecode as well, as the file may have been edited since it was loaded: such an ID then differs between Python
-    versions. Not the module's name: transformers puts a checkpoint's path into the names of modules that come with it.
-    """
-    import inspect
-
-    try:
-        path = Path(inspect.getsourcefile(code) or "")
-        text = path.read_bytes() if path.is_file() else inspect.getsource(code).encode()
-    except (OSError, TypeError) as error:
-        raise IdentityError(f"{where}: no source for {origin}.{code!r}", "define it in a file") from error
-    h = FieldHasher("promptdb/source/1").field("text", text)
-    members = {"": code} if not isinstance(code, type) else dict(vars(code))
-    if origin != "__main__":
-        members |= vars(sys.modules.get(origin, types.SimpleNamespace()))
-    for name in sorted(members):
-        member = getattr(members[name], "__func__", members[name])
-        if isinstance(member, types.FunctionType) and (member is code or member.__module__ == origin):
-            h.field("name", name)
-            _bytecode(h, member.__code__)
-            inner = getattr(member, "__wrapped__", None)  # under a decorator
-            if isinstance(inner, types.FunctionType):
-                _bytecode(h, inner.__code__)
-    return h.digest().hex()
-
-
-def _bytecode(h: FieldHasher, code: types.CodeType) -> None:
-    h.field("code", code.co_code).field("names", " ".join(code.co_names))
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            _bytecode(h, constant)
-        elif isinstance(constant, (int, float, complex, str, bytes, tuple, type(None))):
-            h.field("constant", repr(constant))  # not of sets, whose order differs by process
-
-
-_PROBES = (
-    "Hello there. General Kenobi!",
-    " leading and trailing ",
-    "\n",
-    "\n\n",
-    "\t tabs,  two  spaces\r\n",
-    "0123456789 3.14159 1,000,000",
-    "naïve café ﬁn Ångström e\u0301",
-    "日本語のテキスト 한국어 Ελληνικά العربية",
-    "🙂👩‍👩‍👧‍👦🏳️‍🌈",
-    "<s></s><unk><pad><|endoftext|><|im_start|>user<bos><eos>[CLS][SEP][INST]",
-    "def f(x):\n    return x**2  # code\n",
-    "UPPER lower iNvErTeD \u00a0\u200b\u3000",
-)
-
-
-def tokenizer_id(tokenizer: Any) -> str:
-    """Identify a tokenizer by its effective backend and by what it does to probe strings.
-
-    Unchanged by earlier calls with truncation or padding, by ``pad_token``, and by saving and loading.
-
-    Parameters
-    ----------
-    tokenizer : a fast or slow transformers tokenizer, or a ``tokenizers.Tokenizer``.
-
-    Returns
-    -------
-    str
-        64 hexadecimal digits. A transformers tokenizer and its bare backend have different IDs.
-
-    Raises
-    ------
-    IdentityError
-        It is neither, or its merges are random (BPE dropout).
-
-    Notes
-    -----
-    Cost: serialises the vocabulary, some 0.1 s for 50,000 entries. Not thread safe for tokenizers in use elsewhere.
-    """
-    import tokenizers
-
-    h = FieldHasher("promptdb/tokenizer/1")
-    bare = isinstance(tokenizer, tokenizers.Tokenizer)
-    backend: Any = tokenizer if bare else getattr(tokenizer, "backend_tokenizer", None)
-    if isinstance(backend, tokenizers.Tokenizer):
-        spec = json.loads(backend.to_str())
-        limited = spec.pop("truncation", None) is not None or spec.pop("padding", None) is not None
-        spec.pop("truncation", None), spec.pop("padding", None)
-        if spec.get("model", {}).get("dropout"):
-            raise IdentityError("the tokenizer drops merges at random", "set its model's dropout to None")
-        h.field("kind", "bare" if bare else "fast")
-        h.field("backend", json.dumps(spec, sort_keys=True, ensure_ascii=False, separators=(",", ":")))
-        if bare:
-            h.field("encode_special_tokens", bool(backend.encode_special_tokens))
-            if limited:  # calls set these; the probes must not see them
-                copy = tokenizers.Tokenizer.from_str(json.dumps(spec))
-                copy.encode_special_tokens = backend.encode_special_tokens
-                backend = copy
-    elif callable(getattr(tokenizer, "get_vocab", None)):
-        h.field("kind", "slow").field("class", _class_id(type(tokenizer)))
-        for token, index in sorted(tokenizer.get_vocab().items()):
-            h.field("token", str(token)).field("index", int(index))
-        model = getattr(getattr(tokenizer, "sp_model", None), "serialized_model_proto", None)
-        h.field("sentencepiece", model() if callable(model) else None)
-    else:
-        raise IdentityError(f"a {type(tokenizer).__name__} is no tokenizer", "pass one of transformers or tokenizers")
-    if not bare:
-        for name in ("bos_token", "eos_token", "unk_token", "add_bos_token", "add_eos_token", "split_special_tokens"):
-            value = getattr(tokenizer, name, None)
-            h.field(name, value if value is None or isinstance(value, bool) else str(value))
-    for probe in _PROBES:
-        try:
-            ids = backend.encode(probe).ids if bare else tokenizer(probe)["input_ids"]
-        except Exception as error:  # noqa: BLE001 - backends raise bare Exception for text that they cannot encode
-            h.field("probe", probe).field("error", type(error).__name__)
-        else:
-            h.field("probe", probe).field("ids", struct.pack(f"<{len(ids)}Q", *ids))
-    return h.digest().hex()

@@ -15,10 +15,12 @@ from __future__ import annotations
 import errno
 import mmap
 import os
+import shutil
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import lmdb
@@ -45,6 +47,7 @@ _MAX_GROWTH_BYTES = 64 << 30
 _MIN_MAP_PAGES = 64
 
 _FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_SHORT_WRITE_BYTES = 1 << 16
 _DENIED_ERRNOS = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
@@ -127,11 +130,10 @@ class _Environment:
             self._cover_used_pages()
             self._open_tables()
             self.data_file = _identity(path / DATA_FILE)
-        except (lmdb.Error, OSError) as error:
+        except BaseException as error:
             self.env.close()
-            raise _translated(error, path) from error
-        except BaseException:
-            self.env.close()
+            if isinstance(error, (lmdb.Error, OSError)) and not isinstance(error, PromptDBError):
+                raise _translated(error, path) from error
             raise
 
     def _open(self, map_bytes: int) -> Any:
@@ -251,10 +253,18 @@ def _is_current(environment: _Environment, path: Path) -> bool:
         return False
 
 
+def _is_short_write(text: str, path: Path) -> bool:
+    """Return whether an input/output error is what LMDB makes of a write that found room for its first part only."""
+    try:
+        return os.strerror(errno.EIO) in text and shutil.disk_usage(path).free < _SHORT_WRITE_BYTES
+    except OSError:
+        return False
+
+
 def _translated(error: Exception, path: Path) -> PromptDBError:
     text = str(error)
     code = error.errno if isinstance(error, OSError) else None
-    if code in _FULL_ERRNOS or any(os.strerror(full) in text for full in _FULL_ERRNOS):
+    if code in _FULL_ERRNOS or any(os.strerror(full) in text for full in _FULL_ERRNOS) or _is_short_write(text, path):
         return StoreFullError(
             f"no space left for {path}: {text}", "free space or move the store; what it held is still readable"
         )
@@ -312,8 +322,8 @@ class LmdbIndex:
             raise StoreError(f"{environment.path} was opened before this process was forked", "open it in the child")
         return environment
 
-    def _begin_read(self) -> Any:
-        """Return a read transaction, with the map lock held shared."""
+    def _begin_read(self) -> tuple[int, Any]:
+        """Return the thread for which the map lock is now held shared, and a read transaction."""
         environment = self._environment
         while True:
             self._check_usable()
@@ -331,20 +341,9 @@ class LmdbIndex:
                 raise
             self._adopt_map()
 
-    @contextmanager
-    def read(self) -> Iterator[Reader]:
+    def read(self) -> AbstractContextManager[Reader]:
         """Hold a snapshot; see :meth:`promptdb.tables.Index.read`."""
-        environment = self._environment
-        thread, transaction = self._begin_read()
-        reader = _LmdbTransaction(transaction, environment)
-        try:
-            yield reader
-        except lmdb.Error as error:
-            raise _translated(error, environment.path) from error
-        finally:
-            reader.end()
-            transaction.abort()
-            environment.map_lock.release(thread)
+        return _Reading(self)
 
     def transact(self, work: Callable[[Writer], Result]) -> Result:
         """Run ``work`` and commit it; see :meth:`promptdb.tables.Index.transact`."""
@@ -372,10 +371,8 @@ class LmdbIndex:
         writer = _LmdbTransaction(transaction, self._environment)
         try:
             result = work(writer)
-            writer.end()
             transaction.commit()
         except BaseException:
-            writer.end()
             transaction.abort()
             raise
         return result
@@ -433,39 +430,40 @@ class LmdbIndex:
             environment.num_handles -= 1
 
 
+class _Reading:
+    """The context manager of a snapshot. A class: every lookup passes here, and a generator would double its cost."""
+
+    __slots__ = ("_index", "_thread", "_transaction")
+
+    def __init__(self, index: LmdbIndex) -> None:
+        self._index = index
+
+    def __enter__(self) -> Reader:
+        self._thread, self._transaction = self._index._begin_read()
+        return _LmdbTransaction(self._transaction, self._index._environment)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        environment = self._index._environment
+        self._transaction.abort()
+        environment.map_lock.release(self._thread)
+        if isinstance(error, lmdb.Error):
+            raise _translated(error, environment.path) from error
+
+
 class _LmdbTransaction:
-    """A :class:`promptdb.tables.Writer` over one lmdb transaction; keeps one cursor per table."""
+    """A :class:`promptdb.tables.Writer` over one lmdb transaction."""
+
+    __slots__ = ("_tables", "_transaction")
 
     def __init__(self, transaction: Any, environment: _Environment) -> None:
         self._transaction = transaction
         self._tables = environment.tables
-        self._path = environment.path
-        self._cursors: dict[str, Any] = {}
-
-    def _cursor(self, table: str) -> Any:
-        cursor = self._cursors.get(table)
-        if cursor is None:
-            cursor = self._cursors[table] = self._transaction.cursor(self._tables[table])
-        return cursor
 
     def get(self, table: str, key: bytes) -> memoryview | None:
-        if table not in self._tables:
-            return None
-        value: memoryview | None = self._transaction.get(key, db=self._tables[table])
-        return value
-
-    def around(self, table: str, key: bytes) -> tuple[Item | None, Item | None]:
-        if table not in self._tables:
-            return None, None
-        cursor = self._cursor(table)
-        after = None
-        if cursor.set_range(key):
-            after = (bytes(cursor.key()), cursor.value())
-            found = cursor.prev()
-        else:
-            found = cursor.last()
-        before = (bytes(cursor.key()), cursor.value()) if found else None
-        return before, after
+        handle = self._tables.get(table)  # None: the store was opened for reading, and never had that table
+        return None if handle is None else self._transaction.get(key, db=handle)
 
     def scan(self, table: str, start: bytes = b"") -> Iterator[Item]:
         if table not in self._tables:
@@ -488,9 +486,3 @@ class _LmdbTransaction:
     def delete(self, table: str, key: bytes) -> bool:
         deleted: bool = self._transaction.delete(key, db=self._tables[table])
         return deleted
-
-    def end(self) -> None:
-        """Close the cursors: lmdb wants that before the transaction ends."""
-        for cursor in self._cursors.values():
-            cursor.close()
-        self._cursors = {}

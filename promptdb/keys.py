@@ -8,7 +8,7 @@ root digest ``R``             BLAKE3 of the tagged fields of a :class:`Root`
 prefix digest ``d(i)``        BLAKE3 keyed with ``R`` over packed tokens ``[0, i)``
 child hash of a span [s, e)   ``d(s)``: what the span is conditioned on
 node ID of a span [s, e)      BLAKE3 keyed with ``d(s)`` over packed tokens ``[s, e)``
-child key of a span [s, e)    ``d(s)``, then the first tokens of the span, big-endian so that they sort as numbers
+child key of a span [s, e)    ``d(s)``, then the span's first token, big-endian so that it sorts as a number
 ============================  ==============================================================================
 
 The key of a keyed hash has a fixed width (32 bytes) and so has every token: no two inputs read the same.
@@ -25,15 +25,10 @@ from functools import cached_property, lru_cache
 from blake3 import blake3
 
 from promptdb.errors import InputTypeError, TextEncodingError, TokenRangeError
-from promptdb.identity import FieldHasher
+from promptdb.hashing import FieldHasher
 
 DIGEST_BYTES = 32
 TOKEN_BYTES = 4
-
-# LMDB's default limit on a key is 511 bytes: 32 of child hash, up to 112 tokens, and 8 that keep two spans apart
-# which agree in all of those.
-CHILD_KEY_TOKENS = 112
-CHILD_KEY_SUFFIX_BYTES = 8
 
 # Bump when the meaning of a stored representation changes: old nodes then miss instead of being misread.
 ROOT_VERSION = 1
@@ -188,17 +183,6 @@ def node_id(child_hash: bytes, span: bytes) -> bytes:
     return blake3(span, key=child_hash).digest()
 
 
-def child_key(child_hash: bytes, span: bytes, node: bytes) -> bytes:
-    """Return the key under which a span stands in the child index. At most 488 bytes."""
-    key = seek_key(child_hash, span)
-    if num_tokens(span) > CHILD_KEY_TOKENS:
-        key += node[:CHILD_KEY_SUFFIX_BYTES]
-    return key
-
-
-def seek_key(child_hash: bytes, following: bytes) -> bytes:
-    """Return where a query that goes on with packed tokens ``following`` would stand in the child index."""
-    tokens = array("I", following[: CHILD_KEY_TOKENS * TOKEN_BYTES])
-    # The bytes are little-endian whatever the machine is; turning each token's bytes round makes them sort as numbers.
-    tokens.byteswap()
-    return child_hash + tokens.tobytes()
+def child_key(child_hash: bytes, following: bytes) -> bytes:
+    """Return the key in the child index of the span that goes on with packed tokens ``following``. 36 bytes."""
+    return child_hash + following[TOKEN_BYTES - 1 :: -1]

@@ -1,8 +1,9 @@
 """Between stored spans and the caches of transformers.
 
-A cache made here is a :class:`PromptCache`: a ``DynamicCache`` whose layers keep all tokens (sliding windows are applied by
-the attention mask, as transformers does for any full layer) and append in place, into memory with room to spare, instead
-of concatenating. Copying 1,000 tokens of a GPT-2 into fresh memory for every forward pass costs as much as computing ten.
+A cache made here is a :class:`PromptCache`: a ``DynamicCache`` whose layers keep all tokens (sliding windows are
+applied by the attention mask, as transformers does for any full layer) and append in place, into memory with room to
+spare, instead of concatenating. Copying 1,000 tokens of a GPT-2 into fresh memory for every forward pass costs as much
+as computing ten.
 """
 
 from __future__ import annotations
@@ -283,7 +284,8 @@ def trim_blobs(
 def load_cache(
     snapshot: Snapshot, match: Match, num_tokens: int, capacity: int, device: torch.device
 ) -> tuple[PromptCache, int] | None:
-    """Read the first ``num_tokens`` tokens of a match into a fresh cache: one copy, from the map into the cache's memory.
+    """Read the first ``num_tokens`` tokens of a match into a fresh cache: one copy, from the map into the cache's
+    memory.
 
     Returns
     -------

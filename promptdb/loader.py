@@ -62,7 +62,7 @@ class Loader:
                 view = snapshot.logits(end)
                 return None if view is None else tensor_of(view).clone()
         except CorruptDataError as error:
-            logger.warning("damaged logits are computed again: %s", error.message)
+            self._heal(match, error)
             return None
 
     def prefix(
@@ -86,11 +86,14 @@ class Loader:
         return loaded[0], logprobs
 
     def _heal(self, match: Match, error: CorruptDataError) -> None:
-        """Take a damaged span out of the store, so that it is computed and stored again."""
-        node = error.node or (match.steps[-1].node if match.steps else b"")
+        """Take what is damaged out of the store, so that it is computed and stored again."""
+        what = f"span {error.node[:8].hex()}" if error.node else f"logits after {match.num_tokens} tokens"
+        logger.warning("%s: %s; computed again", what, error.message)
         if self._db.readonly:
-            logger.warning("damaged span %s is not used: %s", node[:8].hex(), error.message)
             return
-        logger.warning("damaged span %s is removed: %s", node[:8].hex(), error.message)
-        with suppress(KeyError):  # somebody else was faster
-            self._db.remove(node, only=True)
+        if error.node:
+            with suppress(KeyError):  # somebody else was faster
+                self._db.remove(error.node, only=True)
+        else:
+            (end,) = prefix_digests(match.root.digest, match.packed, [match.num_tokens])
+            self._db.remove_logits(match.root, end)

@@ -68,7 +68,7 @@ def load_checkpoint(
     try:
         directory = resolve(source)
     except ModelNotFoundError:
-        if os.path.exists(source) or not _may_be_on_hub(source):
+        if Path(source).exists() or not _may_be_on_hub(source):
             raise
     if directory is not None and not tokenizer_files_present(directory):
         raise ModelNotFoundError(

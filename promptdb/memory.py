@@ -102,13 +102,6 @@ class _MemoryTransaction:
         value = self._tables[table].values.get(key)
         return None if value is None else memoryview(value)
 
-    def around(self, table: str, key: bytes) -> tuple[Item | None, Item | None]:
-        keys, values = self._tables[table].keys, self._tables[table].values
-        at = bisect_left(keys, key)
-        before = (keys[at - 1], memoryview(values[keys[at - 1]])) if at else None
-        after = (keys[at], memoryview(values[keys[at]])) if at < len(keys) else None
-        return before, after
-
     def scan(self, table: str, start: bytes = b"") -> Iterator[Item]:
         keys, values = self._tables[table].keys, self._tables[table].values
         for at in range(bisect_left(keys, start), len(keys)):

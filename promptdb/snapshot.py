@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from promptdb.blobs import TensorView, parse_blob
 from promptdb.errors import CorruptDataError
 from promptdb.format import BLOBS, CHECKSUM_BYTES, LOGITS, NODES, NodeRecord, checksum
-from promptdb.keys import DIGEST_BYTES, TOKEN_BYTES, PrefixHasher, Root, node_id
+from promptdb.keys import DIGEST_BYTES, TOKEN_BYTES, Root, node_id
 from promptdb.tables import Reader
-from promptdb.trie import Step, Walk, match
+from promptdb.trie import Step, match
 
 VERIFY_MODES = ("always", "once", "never")
 
@@ -78,11 +78,8 @@ class Snapshot:
 
     def match(self, root: Root, packed: bytes) -> Match:
         """Find the longest stored prefix of a prompt; see :func:`promptdb.trie.match`."""
-        walk: Walk = match(self.reader, root.digest, packed)
-        has_logits = False
-        if walk.num_tokens:
-            end = PrefixHasher(root.digest, packed).at(walk.num_tokens)
-            has_logits = self.reader.get(LOGITS, end) is not None
+        walk = match(self.reader, root.digest, packed)
+        has_logits = walk.num_tokens > 0 and self.reader.get(LOGITS, walk.end_digest) is not None
         return Match(root, packed, walk.steps, walk.num_tokens, has_logits)
 
     def record(self, node: bytes) -> NodeRecord | None:

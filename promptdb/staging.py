@@ -32,7 +32,7 @@ class _Stages:
 
     def sent(self, number: int, stream: torch.cuda.Stream) -> None:
         """Note that the buffer is being read by ``stream``."""
-        event = torch.cuda.Event()
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         event.record(stream)
         self._events[number] = event
 
@@ -57,7 +57,7 @@ def copy_to_device(copies: Sequence[tuple[torch.Tensor, torch.Tensor]], device: 
             target.copy_(source)
         return
     with _stages.lock, torch.cuda.device(device):
-        stream = torch.cuda.Stream(device)
+        stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream(device))
         for target, source in copies:
             row_bytes = source[0].numel() * source.dtype.itemsize

@@ -22,9 +22,6 @@ class Reader(Protocol):
     def get(self, table: str, key: bytes) -> memoryview | None:
         """Return the value under ``key``, or None."""
 
-    def around(self, table: str, key: bytes) -> tuple[Item | None, Item | None]:
-        """Return the last item before ``key`` and the first at or after it, in the order of the keys' bytes."""
-
     def scan(self, table: str, start: bytes = b"") -> Iterator[Item]:
         """Yield items from ``start`` on, in the order of the keys' bytes. The table must not be written meanwhile."""
 

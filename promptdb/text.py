@@ -21,16 +21,16 @@ class Text:
     Parameters
     ----------
     string : the text.
-    engine : an :class:`~promptdb.Engine`, or a tuple ``(model, tokenizer)``: texts of one model then share a store in
-        memory.
+    engine : an :class:`~promptdb.Engine`, or a tuple ``(model, tokenizer)``: the texts of one model then share a store
+        in memory, which lives as long as one of them does.
     eager : compute at once, and so does every sum that this text is a part of.
     logits : ``"last"`` or ``"all"``, as in :meth:`Engine.get`.
 
     Notes
     -----
-    Immutable but for its result. A sum holds its two sides, so that thousands of pieces cost thousands of small objects;
-    they are joined without recursion when they are needed. The whole text is tokenised at once and spans are cut where
-    pieces end, so that every intermediate sum is stored as well.
+    Immutable but for its result. A sum holds its two sides, so that thousands of pieces cost thousands of small
+    objects; they are joined without recursion when they are needed. The whole text is tokenised at once and spans are
+    cut where pieces end, so that every intermediate sum is stored as well.
 
     Examples
     --------
@@ -135,8 +135,8 @@ class Text:
         """``(encoding, output)``, computed if they were not yet.
 
         The encoding is a ``BatchEncoding`` with ``input_ids`` and ``attention_mask`` ``[1, n]``. The output is a
-        ``CausalLMOutputWithPast``: ``logits`` are ``[1, 1, vocabulary]``, or ``[1, n, vocabulary]`` if all were asked for;
-        ``past_key_values`` is a fresh cache.
+        ``CausalLMOutputWithPast``: ``logits`` are ``[1, 1, vocabulary]``, or ``[1, n, vocabulary]`` if all were asked
+        for; ``past_key_values`` is a fresh cache.
         """
         import torch
         from transformers import BatchEncoding
@@ -157,7 +157,8 @@ class Text:
         return f"Text({string!r})"
 
 
-_engines: weakref.WeakKeyDictionary[Any, list[tuple[Any, Engine]]] = weakref.WeakKeyDictionary()
+# Lives as long as one of its texts does. The engine keeps model and tokenizer alive, so that their id() stay theirs.
+_engines: weakref.WeakValueDictionary[tuple[int, int], Engine] = weakref.WeakValueDictionary()
 _engines_lock = threading.Lock()
 
 
@@ -175,10 +176,8 @@ def _engine_for(engine: Any) -> Engine:
     from promptdb.db import PromptDB
 
     with _engines_lock:
-        known = _engines.setdefault(model, [])
-        for its_tokenizer, its_engine in known:
-            if its_tokenizer is tokenizer:
-                return its_engine
-        made = Engine(PromptDB.in_memory(), model, tokenizer)
-        known.append((tokenizer, made))
-        return made
+        known = _engines.get((id(model), id(tokenizer)))
+        if known is None:
+            known = Engine(PromptDB.in_memory(), model, tokenizer)
+            _engines[id(model), id(tokenizer)] = known
+        return known

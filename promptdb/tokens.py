@@ -1,8 +1,8 @@
 """Text to token IDs, and where the pieces of a prompt end among them. Needs the tokenizers library only.
 
-A prompt is tokenised whole and matched on IDs: merges across the ends of pieces ("\\n" + "\\n" is not "\\n\\n") and special
-tokens at the start are then what the model would see. The ends of pieces only say where spans are cut; an end that falls
-inside a token is moved back to the token's start.
+A prompt is tokenised whole and matched on IDs: merges across the ends of pieces ("\\n" + "\\n" is not "\\n\\n") and
+special tokens at the start are then what the model would see. The ends of pieces only say where spans are cut; an end
+that falls inside a token is moved back to the token's start.
 """
 
 from __future__ import annotations
@@ -167,7 +167,8 @@ def as_prompt(prompt: Any, encoder: Encoder) -> Prompt:
 
     Parameters
     ----------
-    prompt : text; a list of pieces of text; an object with ``pieces()`` (a ``Text``); or n token IDs as a sequence of int,
+    prompt : text; a list of pieces of text; an object with ``pieces()`` (a ``Text``); or n token IDs as a sequence of
+        int,
         an array or a tensor of shape ``[n]`` or ``[1, n]``.
 
     Raises

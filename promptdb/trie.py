@@ -1,8 +1,8 @@
 """The token trie: which stored spans cover a prompt, and how new ones attach. No tensors.
 
-A node is an edge from ``d(start)`` to ``d(end)``. The walk follows, from each position that it has reached, the child
-that shares most tokens with the query; an edge may be left in its middle, because the keys and values of its first
-tokens do not depend on the rest, and because new spans attach to any position, not only to ends.
+A node is an edge from ``d(start)`` to ``d(end)``. The walk follows, from each position that it has reached, the one
+child that starts with the query's next token; an edge may be left in its middle, because the keys and values of its
+first tokens do not depend on the rest, and because new spans attach to any position, not only to ends.
 
 Invariant, kept by :func:`attach` under the write transaction: of the edges that can be reached, no two carry the same
 token of the same prefix. The walk is then deterministic and finds the longest stored prefix, to the token. Where a span
@@ -13,17 +13,16 @@ one of the ends, and what it found is right, if not the most.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
+from typing import NamedTuple
 
 from promptdb.errors import CorruptDataError
 from promptdb.format import CHILDREN
-from promptdb.keys import DIGEST_BYTES, TOKEN_BYTES, PrefixHasher, child_key, common_prefix, num_tokens, seek_key
+from promptdb.keys import DIGEST_BYTES, TOKEN_BYTES, PrefixHasher, child_key, common_prefix, num_tokens
 from promptdb.tables import Reader, Writer
 
 
-@dataclass(frozen=True)
-class Step:
+class Step(NamedTuple):
     """Use of the first ``num_tokens`` tokens of a stored span, which covers prompt positions ``[start, end)``."""
 
     node: bytes
@@ -37,46 +36,12 @@ class Step:
         return self.start + self.num_tokens
 
 
-@dataclass(frozen=True)
-class Walk:
-    """The longest stored prefix of a prompt: steps that tile ``[0, num_tokens)``."""
+class Walk(NamedTuple):
+    """The longest stored prefix of a prompt: steps that tile ``[start, num_tokens)``, and ``d(num_tokens)``."""
 
     steps: tuple[Step, ...]
     num_tokens: int
-
-
-def longest_child(reader: Reader, child_hash: bytes, following: bytes) -> tuple[bytes, int, int] | None:
-    """Find the span conditioned on ``child_hash`` that shares most tokens with ``following``.
-
-    Returns
-    -------
-    tuple or None
-        Node ID, number of shared tokens (>= 1), and length of the span in tokens.
-
-    Notes
-    -----
-    Keys sort by child hash, then by tokens, so that the best child is a neighbour of where the query would stand. Spans
-    that agree in every token that fits a key follow each other there; all of those are compared in full.
-    """
-    seek = seek_key(child_hash, following)
-    before, after = reader.around(CHILDREN, seek)
-    best: tuple[bytes, int, int] | None = None
-    for item in (before, after):
-        if item is None or not item[0].startswith(child_hash):
-            continue
-        node, span = _read_child(item[1])
-        shared = common_prefix(span, following)
-        if shared and (best is None or shared > best[1]):
-            best = (node, shared, num_tokens(span))
-    if after is not None and after[0].startswith(seek) and best is not None and best[1] < num_tokens(following):
-        for key, value in reader.scan(CHILDREN, seek):
-            if not key.startswith(seek):
-                break
-            node, span = _read_child(value)
-            shared = common_prefix(span, following)
-            if shared > best[1]:
-                best = (node, shared, num_tokens(span))
-    return best
+    end_digest: bytes
 
 
 def _read_child(value: memoryview) -> tuple[bytes, bytes]:
@@ -101,22 +66,36 @@ def match(reader: Reader, root_digest: bytes, packed: bytes, start: int = 0) -> 
     Walk
         ``num_tokens`` in [start, n]; the tokens of every step were compared with the prompt's.
 
+    Raises
+    ------
+    CorruptDataError
+        An entry of the child index cannot be.
+
     Notes
     -----
-    Two index reads per step, whatever the size of the store and the number of children.
+    One digest and one index read per step, whatever the size of the store and the number of children.
     """
     total = num_tokens(packed)
     hasher = PrefixHasher(root_digest, packed)
     steps: list[Step] = []
     position = start
-    while position < total:
-        found = longest_child(reader, hasher.at(position), packed[position * TOKEN_BYTES :])
-        if found is None:
+    while True:
+        digest = hasher.at(position)
+        if position == total:
             break
-        node, shared, span_tokens = found
-        steps.append(Step(node, position, shared, span_tokens))
+        following = packed[position * TOKEN_BYTES :]
+        value = reader.get(CHILDREN, child_key(digest, following))
+        if value is None:
+            break
+        node, span = _read_child(value)
+        shared = common_prefix(span, following)
+        if shared == 0:
+            raise CorruptDataError(
+                f"the entry of node {node[:8].hex()} in the child index has other tokens than its key"
+            )
+        steps.append(Step(node, position, shared, num_tokens(span)))
         position += shared
-    return Walk(tuple(steps), position)
+    return Walk(tuple(steps), position, digest)
 
 
 def cut(start: int, end: int, boundaries: Sequence[int], chunk_tokens: int) -> list[tuple[int, int]]:
@@ -138,12 +117,12 @@ def cut(start: int, end: int, boundaries: Sequence[int], chunk_tokens: int) -> l
 
 def attach(writer: Writer, child_hash: bytes, span: bytes, node: bytes) -> None:
     """Enter a span into the child index. The caller has seen, in this transaction, that nothing covers its tokens."""
-    writer.put(CHILDREN, child_key(child_hash, span, node), node + span)
+    writer.put(CHILDREN, child_key(child_hash, span), node + span)
 
 
 def detach(writer: Writer, child_hash: bytes, span: bytes, node: bytes) -> bool:
     """Take a span out of the child index; return whether it was there."""
-    return writer.delete(CHILDREN, child_key(child_hash, span, node))
+    return writer.delete(CHILDREN, child_key(child_hash, span))
 
 
 def children(reader: Reader, child_hash: bytes) -> Iterator[tuple[bytes, bytes]]:

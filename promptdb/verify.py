@@ -20,7 +20,7 @@ from promptdb.format import (
     unpack_record,
     unpack_root,
 )
-from promptdb.keys import DIGEST_BYTES, TOKEN_BYTES, PrefixHasher, child_key, node_id
+from promptdb.keys import PrefixHasher, child_key, node_id
 from promptdb.snapshot import Snapshot, Verified, logits_owner
 from promptdb.tables import Reader
 
@@ -79,7 +79,7 @@ def verify(reader: Reader) -> list[Problem]:
             except CorruptDataError as error:
                 report(BLOBS, blob_key, error.message)
         totals[root].update(num_nodes=1, num_tokens=record.num_tokens, blob_bytes=record.size_bytes)
-        key = child_key(record.child_hash, record.span, node)
+        key = child_key(record.child_hash, record.span)
         child_keys.add(key)
         entry = reader.get(CHILDREN, key)
         if entry is None:
@@ -89,13 +89,9 @@ def verify(reader: Reader) -> list[Problem]:
     for key, _ in reader.scan(BLOBS):
         if key not in blob_keys:
             report(BLOBS, key, "no record owns this blob")
-    first = b""
     for key, _ in reader.scan(CHILDREN):
         if key not in child_keys:
             report(CHILDREN, key, "an entry without a node")
-        if key[: DIGEST_BYTES + TOKEN_BYTES] == first:
-            report(CHILDREN, key, "two spans start with the same token of the same prefix")
-        first = key[: DIGEST_BYTES + TOKEN_BYTES]
     for digest, value in reader.scan(LOGITS):
         try:
             snapshot.logits(digest)

@@ -16,7 +16,9 @@ from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from promptdb.errors import IdentityError, InputTypeError
-from promptdb.identity import FieldHasher, tokenizer_id, weights_id
+from promptdb.hashing import FieldHasher
+from promptdb.identity import weights_id
+from promptdb.tokenizer_identity import tokenizer_id
 
 GQA: dict[str, Any] = {"num_key_value_heads": 2, "head_dim": 16}
 ARCHITECTURES: dict[str, dict[str, Any]] = {
@@ -475,7 +477,7 @@ def test_tokenizer_id_is_stable(tmp_path: Path) -> None:
     assert tokenizer_id(tokenizer) == known
     tokenizer.save_pretrained(tmp_path)
     assert tokenizer_id(transformers.AutoTokenizer.from_pretrained(tmp_path)) == known
-    code = "import sys; from transformers import AutoTokenizer; from promptdb.identity import tokenizer_id; "
+    code = "import sys; from transformers import AutoTokenizer; from promptdb.tokenizer_identity import tokenizer_id; "
     code += "print(tokenizer_id(AutoTokenizer.from_pretrained(sys.argv[1])))"
     done = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == known

@@ -1,0 +1,134 @@
+"""``promptdb stat`` and ``promptdb models``: the store as a whole, and what it knows."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import click
+
+from promptdb.db import PromptDB
+from promptdb.format import FORMAT_VERSION, TOTALS
+
+from .known import checkpoints
+from .options import store_options
+from .output import age, count, print_fields, print_json, print_line, print_table, size
+
+_MODEL_COLUMNS = (
+    "weights", "type", ">parameters", "dtype", ">max tokens", ">spans", ">tokens", ">size", ">computes", ">loads",
+    "name",
+)  # fmt: skip
+
+
+@click.command(short_help="Show totals of the store.")
+@store_options
+def stat(path: str | None, as_json: bool) -> None:
+    """Show totals of the store.
+
+    \b
+    Examples:
+      promptdb stat
+      promptdb stat --db team.promptdb --json
+    """
+    with PromptDB(path, readonly=True) as db:
+        found: dict[str, Any] = {
+            "path": str(db.path),
+            "format_version": FORMAT_VERSION,
+            "chunk_tokens": db.chunk_tokens,
+            "created_unix_s": db.created_unix_s,
+            "num_models": len(db.registry.models()),
+            "num_tokenizers": len(db.registry.tokenizers()),
+            **db.stat(),
+        }
+    if as_json:
+        print_json(found)
+        return
+    print_fields(
+        {
+            "store": found["path"],
+            "format": f"version {found['format_version']}, spans of up to {count(found['chunk_tokens'], 'token')}",
+            "created": f"{age(found['created_unix_s'])} ago",
+            "models": f"{found['num_models']:,}, with {count(found['num_tokenizers'], 'tokenizer')}",
+            "identities": f"{found['num_roots']:,}",
+            "spans": f"{found['num_nodes']:,}, {count(found['num_tokens'], 'token')}",
+            "logits": f"after {count(found['num_logits'], 'position')}",
+            "stored": size(found["blob_bytes"]),
+            "file": f"{size(found['file_bytes'])}, of which {size(found['used_bytes'])} used",
+        }
+    )
+
+
+@click.command(short_help="List known models and tokenizers.")
+@store_options
+def models(path: str | None, as_json: bool) -> None:
+    """List known models and tokenizers.
+
+    With what is stored of each model, and how fast it was computed and loaded when that was measured.
+
+    \b
+    Examples:
+      promptdb models
+      promptdb models --json
+    """
+    with PromptDB(path, readonly=True) as db:
+        totals: dict[str, Counter[str]] = {}
+        for root, amounts in db.roots():
+            totals.setdefault(root.weights_id, Counter()).update(amounts)
+        known = checkpoints(db)
+        found = [
+            {
+                "weights_id": weights_id,
+                **fields,
+                **{name: totals.get(weights_id, Counter())[name] for name in TOTALS},
+                "checkpoints": sorted({each["path"] for each in known if each["weights_id"] == weights_id}),
+            }
+            for weights_id, fields in db.registry.models().items()
+        ]
+        tokenizers = [
+            {
+                "tokenizer_id": tokenizer_id,
+                "name": fields.get("name", ""),
+                "size_bytes": len(fields.get("json", "")),
+                "runs_alone": bool(fields.get("json")),
+            }
+            for tokenizer_id, fields in db.registry.tokenizers().items()
+        ]
+    if as_json:
+        print_json({"models": found, "tokenizers": tokenizers})
+        return
+    if not found:
+        print_line("No model is known.")
+        return
+    print_table(
+        _MODEL_COLUMNS,
+        [_model_row(each) for each in found],
+    )
+    print_line("")
+    print_table(
+        ("tokenizer", "class", ">size", "runs without transformers"),
+        [
+            (each["tokenizer_id"][:12], each["name"], size(each["size_bytes"]), "yes" if each["runs_alone"] else "no")
+            for each in tokenizers
+        ],
+    )
+
+
+def _model_row(model: dict[str, Any]) -> tuple[str, ...]:
+    computes, loads = model.get("compute_tokens_per_s"), model.get("load_bytes_per_s")
+    return (
+        model["weights_id"][:12],
+        str(model.get("model_type", "?")),
+        _millions(model.get("num_parameters", 0)),
+        str(model.get("dtype", "?")),
+        f"{model['max_tokens']:,}" if model.get("max_tokens") else "any",
+        f"{model['num_nodes']:,}",
+        f"{model['num_tokens']:,}",
+        size(model["blob_bytes"]),
+        f"{computes:,.0f} tokens/s" if computes else "",
+        f"{size(loads)}/s" if loads else "",
+        str(model.get("name", "")),
+    )
+
+
+def _millions(parameters: int) -> str:
+    return f"{parameters / 1e9:.3g} B" if parameters >= 1e9 else f"{parameters / 1e6:.3g} M"
