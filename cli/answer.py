@@ -60,8 +60,9 @@ def answer(db: PromptDB, root: Root, encoder: Encoder, prompt: Prompt, wanted: W
             }
             if wanted.logprobs:
                 found["tokens"] = _tokens(snapshot, match, encoder)
-            if wanted.out is not None and stored:
-                found["out"] = {"path": str(wanted.out), "size_bytes": export(snapshot, match, wanted.out)}
+            if wanted.out is not None:
+                size_bytes = export(snapshot, match, wanted.out) if stored else None
+                found["out"] = {"path": str(wanted.out), "size_bytes": size_bytes}
     except CorruptDataError as error:
         error.hint = error.hint or REPAIR
         raise
@@ -130,10 +131,11 @@ def print_answer(found: dict[str, Any], *, separated: bool) -> None:
     elif found["num_stored"] and not found["has_logits"]:
         print_line("The logits after the last stored token are not stored: no predictions there.")
     if "out" in found:
-        print_line(
-            f"keys and values of {count(found['num_stored'], 'token')} written to {found['out']['path']}",
-            f", {size(found['out']['size_bytes'])}",
-        )
+        out, tokens = found["out"], count(found["num_stored"], "token")
+        if out["size_bytes"] is None:
+            print_line(f"{out['path']} was not written: nothing of the prompt is stored")
+        else:
+            print_line(f"keys and values of {tokens} written to {out['path']}, {size(out['size_bytes'])}")
     if not found["is_complete"]:
         print_line("`promptdb get --compute` computes what is missing; `promptdb explain` tells why it is.")
 

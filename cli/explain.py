@@ -161,17 +161,18 @@ def _print(found: dict[str, Any]) -> None:
         _print_parting(found)
     if found["other_identities"]:
         print_line("")
+        columns = [">tokens stored", "as model", "weights", "tokenizer"] + ["differs in"] * found["is_known_model"]
         rows = [
             (
                 f"{each['num_stored']:,}",
                 each["model_name"] or "?",
                 each["weights_id"][:12],
                 each["tokenizer_id"][:12],
-                ", ".join(_FIELD_NAMES.get(name, name) for name in each["differs_in"]) or "?",
-            )
+                ", ".join(_FIELD_NAMES.get(name, name) for name in each["differs_in"]),
+            )[: len(columns)]
             for each in found["other_identities"]
         ]
-        print_table((">tokens stored", "as model", "weights", "tokenizer", "differs in"), rows)
+        print_table(columns, rows)
     if found["hint"]:
         print_line(found["hint"])
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -89,22 +90,25 @@ def get(
         else _find(prompts, path, model, dtype, namespace)
     )
     is_complete = True
-    for number, (asked, each) in enumerate(zip(prompts, ready, strict=True)):
-        found = {
-            "source": asked.place,
-            "tokens_computed": each.tokens_computed,
-            "compute_s": each.compute_s,
-            **answer(each.db, each.root, each.encoder, each.prompt, wanted),
-        }
-        is_complete = is_complete and found["is_complete"]
-        if as_json:
-            print_json(found)
-        else:
-            print_answer(found, separated=number > 0)
+    with closing(ready):
+        for number, (asked, each) in enumerate(zip(prompts, ready, strict=True)):
+            found = {
+                "source": asked.place,
+                "tokens_computed": each.tokens_computed,
+                "compute_s": each.compute_s,
+                **answer(each.db, each.root, each.encoder, each.prompt, wanted),
+            }
+            is_complete = is_complete and found["is_complete"]
+            if as_json:
+                print_json(found)
+            else:
+                print_answer(found, separated=number > 0)
     ctx.exit(0 if is_complete else 1)
 
 
-def _find(prompts: Sequence[Asked], path: str | None, model: str, dtype: str, namespace: str) -> Iterator[Ready]:
+def _find(
+    prompts: Sequence[Asked], path: str | None, model: str, dtype: str, namespace: str
+) -> Generator[Ready, None, None]:
     with PromptDB(path, readonly=True) as db:
         known = find_model(db, model, dtype, namespace)
         for asked in prompts:
@@ -117,7 +121,7 @@ def _find(prompts: Sequence[Asked], path: str | None, model: str, dtype: str, na
 
 def _compute(
     prompts: Sequence[Asked], path: str | None, model: str, dtype: str, device: str | None, namespace: str
-) -> Iterator[Ready]:
+) -> Generator[Ready, None, None]:
     from .compute import open_engine  # leads to torch
 
     check_checkpoint(model)

@@ -38,10 +38,8 @@ class KnownModel:
         """Return the prompt's tokens; raises :class:`PromptError` for what cannot be stored."""
         prompt = self.encoder.encode(pieces)
         if 0 < self.max_tokens < prompt.num_tokens:
-            raise PromptTooLongError(
-                f"the prompt has {prompt.num_tokens} tokens; this {self.model_type} computes {self.max_tokens} positions exactly",
-                "shorten the prompt",
-            )
+            limit = f"this {self.model_type} computes {self.max_tokens} positions exactly"
+            raise PromptTooLongError(f"the prompt has {prompt.num_tokens} tokens; {limit}", "shorten the prompt")
         return prompt
 
 
@@ -98,7 +96,7 @@ def _unknown(db: PromptDB, model: str, directory: Path, dtype: str) -> UnknownMo
     if directory.resolve() in paths:
         return UnknownModelError(
             f"the files of {model}, or the versions of torch and transformers, have changed since it was stored",
-            "`promptdb get --compute` or `promptdb put` identifies it again; what is still the same is found again",
+            "`promptdb put` or `promptdb get --compute` identifies it again; what has not changed is found again",
         )
     return UnknownModelError(
         f"the store does not know {model}: nothing was stored with it",
@@ -113,7 +111,9 @@ def checkpoints(db: PromptDB) -> list[dict[str, Any]]:
 
 
 def find_weights(db: PromptDB, model: str) -> set[str]:
-    """Return the weights IDs that a person may mean: by directory, hub ID, name, or the start of the ID.
+    """Return the weights IDs that a person may mean: by directory, name, or start of the ID.
+
+    A directory stands for its files as they are now, or for what they were when the store does not know those.
 
     Raises
     ------
@@ -123,11 +123,11 @@ def find_weights(db: PromptDB, model: str) -> set[str]:
     models = db.registry.models()
     found = {weights for weights in models if len(model) >= 4 and weights.startswith(model.lower())}
     found |= {weights for weights, fields in models.items() if fields.get("name") == model}
-    try:
+    if Path(model).expanduser().is_dir():
         directory = Path(model).expanduser().resolve()
-        found |= {entry["weights_id"] for entry in checkpoints(db) if Path(entry["path"]).resolve() == directory}
-    except (OSError, ValueError):
-        pass  # not a path: a NUL in it, or a loop of links
+        now = [db.registry.checkpoint(checkpoint_key(directory, dtype)) for dtype in DTYPES]
+        before = [entry for entry in checkpoints(db) if Path(entry["path"]).resolve() == directory]
+        found |= {entry["weights_id"] for entry in list(filter(None, now)) or before}
     if not found:
         raise UnknownModelError(f"the store knows no model {model!r}", "`promptdb models` lists them")
     return found

@@ -24,6 +24,7 @@ from .texts import Decoders, head, quoted
 SHORT_ID = 12
 MODEL_HELP = "Only of this model: its directory, its name, or the start of its weights ID."
 _TEXT_WIDTH = 40
+_MIN_ID_DIGITS = 4
 
 # Smallest first; `ls` shows the newest and the largest first.
 _SORT_KEYS: dict[str, Callable[[bytes, NodeRecord], Any]] = {
@@ -125,7 +126,7 @@ def show(node: str, path: str | None, as_json: bool) -> None:
       promptdb show 3f2a91
     """
     with PromptDB(path, readonly=True, verify_reads="always") as db:
-        found = _describe(db, db.find_node(node))
+        found = _describe(db, find_node(db, node))
     if as_json:
         print_json(found)
     else:
@@ -135,6 +136,23 @@ def show(node: str, path: str | None, as_json: bool) -> None:
             f"span {found['node'][:SHORT_ID]} is damaged: {'; '.join(found['problems'])}",
             f"`promptdb rm {found['node'][:SHORT_ID]}`, then compute the prompt again",
         )
+
+
+def find_node(db: PromptDB, text: str) -> bytes:
+    """Return the ID of the node that ``text`` starts; a very short start would be an accident, such as an empty variable.
+
+    Raises
+    ------
+    NodeNotFoundError
+        None starts so, or several do.
+    Failure
+        Too short.
+    """
+    if len(text) < _MIN_ID_DIGITS:
+        raise Failure(
+            f"node ID {text!r} is too short", f"give at least {_MIN_ID_DIGITS} digits of it; `promptdb ls` lists them"
+        )
+    return db.find_node(text)
 
 
 def _describe(db: PromptDB, node: bytes) -> dict[str, Any]:

@@ -10,13 +10,25 @@ import math
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from .failure import Failure
+
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.text import Text
+
+
+def _write(line: str) -> None:
+    try:
+        click.echo(line)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise Failure(f"the output cannot be written: {error.strerror}") from error
 
 
 def is_terminal() -> bool:
@@ -26,7 +38,7 @@ def is_terminal() -> bool:
 
 def print_json(document: Mapping[str, Any]) -> None:
     """Print one JSON document on one line. Numbers that JSON does not have become null."""
-    click.echo(json.dumps(_finite(document), allow_nan=False))
+    _write(json.dumps(_finite(document), allow_nan=False))
 
 
 def _finite(value: Any) -> Any:
@@ -44,7 +56,7 @@ def print_line(*parts: str | tuple[str, str]) -> None:
     if is_terminal():
         _console().print(styled(*parts), soft_wrap=True)
     else:
-        click.echo("".join(part if isinstance(part, str) else part[0] for part in parts))
+        _write("".join(part if isinstance(part, str) else part[0] for part in parts))
 
 
 def styled(*parts: str | tuple[str, str]) -> Text:
@@ -75,7 +87,7 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
             cell.rjust(width) if to_right else cell.ljust(width)
             for cell, width, to_right in zip(row, widths, right, strict=True)
         )
-        click.echo("  ".join(cells).rstrip())
+        _write("  ".join(cells).rstrip())
 
 
 def print_fields(fields: Mapping[str, str]) -> None:
@@ -85,6 +97,7 @@ def print_fields(fields: Mapping[str, str]) -> None:
         print_line((name.ljust(width), "bold"), value)
 
 
+@cache
 def _console() -> Console:
     from rich.console import Console
 

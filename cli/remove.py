@@ -13,7 +13,7 @@ from promptdb.errors import NodeNotFoundError
 from promptdb.format import NodeRecord
 
 from .failure import Failure
-from .nodes import SHORT_ID
+from .nodes import SHORT_ID, find_node
 from .options import store_options
 from .output import count, print_json, print_line, print_table, size
 from .texts import Decoders, head
@@ -38,7 +38,7 @@ def rm(nodes: Sequence[str], yes: bool, path: str | None, as_json: bool) -> None
       promptdb rm --yes 3f2a91 77c0de
     """
     with PromptDB(path) as db:
-        chosen = list(dict.fromkeys(db.find_node(node) for node in nodes))
+        chosen = list(dict.fromkeys(find_node(db, node) for node in nodes))
         doomed = _doomed(db, chosen)
         if not as_json:
             _print(db, doomed, set(chosen))

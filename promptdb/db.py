@@ -328,12 +328,19 @@ class PromptDB:
             totals["num_logits"] = reader.count(LOGITS)
         return {**totals, **self._index.stats()}
 
-    def verify(self) -> list[Problem]:
-        """Walk the whole store and return what does not hold; see :func:`promptdb.verify.verify`."""
-        from promptdb.verify import verify
+    def verify(self, *, fix: bool = False) -> list[Problem]:
+        """Walk the whole store and return what does not hold; see :func:`promptdb.verify.verify`.
+
+        With ``fix``, spans that do not hold are then removed, and the child index and totals made again: what was
+        returned is gone, unless it is the store's settings. Others cannot write meanwhile.
+        """
+        from promptdb.verify import repair, verify
 
         with self._index.read() as reader:
-            return verify(reader)
+            problems = verify(reader)
+        if fix and problems:
+            self._index.transact(lambda writer: repair(writer, read_blobs=True))
+        return problems
 
     # Writing
 
@@ -403,7 +410,16 @@ class PromptDB:
         """
 
         def work(writer: Writer) -> int:
-            doomed = self.subtree(Snapshot(writer, Verified("never")), node)
+            snapshot = Snapshot(writer, Verified("never"))
+            try:
+                doomed = self.subtree(snapshot, node)
+            except CorruptDataError:  # its record, or one before it: only a walk finds all that belongs to it
+                from promptdb.verify import repair
+
+                repair(writer, read_blobs=False)
+                if writer.get(NODES, node) is None:
+                    return 1
+                doomed = self.subtree(snapshot, node)
             if only:
                 del doomed[1:]
             for each, tokens in doomed:
@@ -425,7 +441,6 @@ class PromptDB:
             return True
 
         return self._index.transact(work)
-
 
 
 def _check_packed(packed: bytes) -> None:

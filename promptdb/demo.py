@@ -305,6 +305,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 _SKIPPED = {"test", "tests", "encodings", "distutils", "idlelib", "lib2to3", "turtledemo"}
 
 
+@functools.cache
 def corpus(max_chars: int = 2_000_000) -> str:
     """Collect prose about Python from this machine: docstrings and help topics of the standard library.
 
@@ -332,9 +333,8 @@ def corpus(max_chars: int = 2_000_000) -> str:
     return "\n\n".join(kept)
 
 
-@functools.cache
-def _documents() -> tuple[str, ...]:
-    seen: dict[str, None] = {}  # a dict because its order is that of insertion
+def _documents() -> Iterator[str]:
+    seen: set[str] = set()
     for path in _stdlib_files():
         source = path.read_text("utf-8", errors="replace")
         topics = path.name == "topics.py"  # one dict of help texts
@@ -346,9 +346,10 @@ def _documents() -> tuple[str, ...]:
         except (SyntaxError, ValueError):
             continue
         for text in _strings(tree) if topics else _docstrings(tree):
-            if prose := _prose(text):
-                seen[prose] = None
-    return tuple(seen)
+            prose = _prose(text)
+            if prose and prose not in seen:
+                seen.add(prose)
+                yield prose
 
 
 def _stdlib_files() -> list[Path]:
@@ -590,9 +591,9 @@ def _train(
         matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
         norms = [p for p in model.parameters() if p.ndim == 1]
         groups = [
-            {"params": matrices, "lr": 8e-3, "weight_decay": 0.1},
-            {"params": norms, "lr": 8e-3},
-            {"params": embeddings, "lr": 1e-3},
+            {"params": matrices, "lr": 3e-3, "weight_decay": 0.1},
+            {"params": norms, "lr": 3e-3},
+            {"params": embeddings, "lr": 1e-4},
         ]
         optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
         schedule = torch.optim.lr_scheduler.LambdaLR(

@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 
+from promptdb.cache import PromptCache, bytes_per_token, layout_of
 from promptdb.cost import CostModel
 from promptdb.db import PromptDB
 from promptdb.errors import InputTypeError, NonFiniteError, StoreError, UnsupportedModelError
 from promptdb.explain import Explanation, explain
+from promptdb.format import Layout
 from promptdb.keys import Root, unpack_tokens
-from promptdb.kv import PromptCache, bytes_per_token, layout_of
 from promptdb.loader import Loader
 from promptdb.representation import Representation
 from promptdb.runner import Runner, token_logprobs
@@ -86,6 +87,7 @@ class Engine:
         self._runner = Runner(model)
         self._watch = ModelWatch(model, known_weights_id)
         self._root: Root | None = None
+        self._layout: Layout = ()
         self._lock = threading.RLock()
         self._loader = Loader(db, lambda: self._runner.device)
         self._storer = Storer(db, write_behind=write_behind)
@@ -140,6 +142,7 @@ class Engine:
         if root is None or root.weights_id != weights_id:
             if root is not None:
                 self._runner = Runner(self.model)
+                self._layout = ()
             root = Root(weights_id, self.tokenizer_id, self.namespace)
             self._register(root)
             self._root = root
@@ -310,6 +313,8 @@ class Engine:
         if keep_all or not self.cost.estimate(start).load_wins:
             start = 0
         cache = PromptCache(total + _SPARE_TOKENS)
+        if self._layout:  # known from the last computation: one tensor per group of layers instead of two per layer
+            cache = PromptCache.of_layout(self._layout, 0, total + _SPARE_TOKENS, runner.device)
         logprobs = torch.full((total,), float("nan"))
         if start:
             loaded = self._loader.prefix(match, start, total + _SPARE_TOKENS, self.cost)
@@ -336,8 +341,9 @@ class Engine:
         self.cost.computed(total - start, compute_s)
 
         storing = perf_counter()
+        self._layout = layout = layout_of(cache)
         if store and not self.db.readonly:
-            self.cost.sized(bytes_per_token(layout_of(cache)))
+            self.cost.sized(bytes_per_token(layout))
             self._storer.store(
                 root,
                 asked.packed,

@@ -123,9 +123,13 @@ def _reason(
     if stored == total:
         return "everything is stored" if has_logits else "all tokens are stored, but not the logits after the last one"
     if others:
-        names = {"weights_id": "weights", "tokenizer_id": "tokenizer", "intervention_id": "intervention"}
+        names = {
+            "weights_id": "other weights",
+            "tokenizer_id": "another tokenizer",
+            "intervention_id": "another intervention",
+        }
         differing = " and ".join(names.get(name, name) for name in others[0].fields)
-        return f"{others[0].num_tokens} tokens are stored with another {differing}"
+        return f"{others[0].num_tokens} tokens are stored with {differing}"
     if not any_nodes:
         return "the store is empty"
     if stored == 0 and not following:

@@ -210,11 +210,28 @@ _inherited: list[_Environment] = []
 
 
 def _leave_parent() -> None:
-    """Forget, in a forked child, what the parent has open: it is never touched and never closed there."""
+    """Forget, in a forked child, what the parent has open: it is never touched and never closed there.
+
+    To close it would free the parent's slots in the table of readers, and with them the pages that the parent reads.
+    """
     global _environments_lock
     _environments_lock = threading.Lock()  # the parent may have held it
-    _inherited.extend(_environments.values())
-    _environments.clear()
+    if _environments:
+        _inherited.extend(_environments.values())
+        _environments.clear()
+        _let_child_open()
+
+
+def _let_child_open() -> None:
+    """Make py-lmdb forget what the parent has open: it refuses to open a file twice, and inherits its list of them."""
+    try:
+        from lmdb import _envid
+
+        inherited_keys: Any = _envid.env_keys
+    except (ImportError, AttributeError):
+        return  # a version without that list
+    child = os.getpid()
+    _envid.env_keys = lambda path, subdir: tuple((child, key) for key in inherited_keys(path, subdir))
 
 
 if hasattr(os, "register_at_fork"):
@@ -277,6 +294,8 @@ def _translated(error: Exception, path: Path) -> PromptDBError:
         return CorruptDataError(f"{path / DATA_FILE} is damaged: {text}", "restore it from a copy")
     if isinstance(error, lmdb.ReadonlyError) or any(os.strerror(denied) in text for denied in _DENIED_ERRNOS):
         return ReadOnlyStoreError(f"{path} cannot be written: {text}", "check the permissions, or open it read-only")
+    if "already open in this process" in text:
+        return StoreError(f"{path}: {text}", "start processes with spawn, or fork before the store is opened")
     return StoreError(f"{path}: {text}")
 
 
@@ -307,7 +326,7 @@ class LmdbIndex:
         if not readonly:
             try:
                 path.mkdir(mode=0o700, parents=True, exist_ok=True)
-            except OSError as error:
+            except (OSError, ValueError) as error:  # ValueError: a NUL in the path
                 raise _translated(error, path) from error
         refuse_remote(path)
         self.readonly = readonly

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from promptdb.cache import PromptCache
 from promptdb.cost import CostModel
 from promptdb.errors import CorruptDataError
 from promptdb.keys import prefix_digests
-from promptdb.kv import PromptCache, load_cache, load_logprobs, tensor_of
+from promptdb.kv import load_cache, load_logprobs, tensor_of
 from promptdb.snapshot import Match
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-    from promptdb.kv import PromptCache
+    from promptdb.cache import PromptCache
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
+from promptdb.cache import PromptCache
 from promptdb.errors import (
     ModelPlacementError,
     PromptTooLongError,
@@ -17,7 +18,6 @@ from promptdb.errors import (
     TrainModeError,
     UnsupportedModelError,
 )
-from promptdb.kv import PromptCache
 
 # Model types whose extension from a stored prefix is compared with a single pass in the tests, windows included. Others
 # run a probe first, see :meth:`Runner.probe`.

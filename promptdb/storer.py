@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from promptdb.cache import PromptCache, layout_of
 from promptdb.db import PutReport, SpanPayload
-from promptdb.kv import PromptCache, encode_logits, encode_span, layout_of, trim_blobs
+from promptdb.kv import encode_logits, encode_span, trim_blobs
 from promptdb.writer import WriteBehind
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""A walk over the whole store that finds everything that does not hold."""
+"""A walk over the whole store that finds everything that does not hold, and one that takes it out."""
 
 from __future__ import annotations
 
@@ -16,13 +16,15 @@ from promptdb.format import (
     NODES,
     ROOTS,
     TOKENIZERS,
+    TOTALS,
     NodeRecord,
+    pack_root,
     unpack_record,
     unpack_root,
 )
-from promptdb.keys import PrefixHasher, child_key, node_id
+from promptdb.keys import PrefixHasher, Root, child_key, node_id
 from promptdb.snapshot import Snapshot, Verified, logits_owner
-from promptdb.tables import Reader
+from promptdb.tables import Reader, Writer
 
 
 @dataclass(frozen=True)
@@ -123,3 +125,67 @@ def verify(reader: Reader) -> list[Problem]:
             except CorruptDataError as error:
                 report(table, key, error.message)
     return problems
+
+
+def repair(writer: Writer, *, read_blobs: bool) -> int:
+    """Take out every span that does not hold, and make the child index and the totals again from those that do.
+
+    Parameters
+    ----------
+    writer : a transaction; nobody else writes until it ends.
+    read_blobs : check the content of blobs too. Without it, nothing but records is read: about 20 microseconds each.
+
+    Returns
+    -------
+    int
+        How many spans went. They are computed again when somebody asks for them.
+    """
+    snapshot = Snapshot(writer, Verified("always"))
+    totals: dict[Root, Counter[str]] = defaultdict(Counter)
+    roots: dict[bytes, Root] = {}  # of nodes that hold
+    blob_keys: set[bytes] = set()
+    entries: dict[bytes, bytes] = {}
+    doomed = []
+    for node, value in writer.scan(NODES):
+        try:
+            record = NodeRecord.unpack(node, value)
+            if node_id(record.child_hash, record.span) != node:
+                raise CorruptDataError("the record belongs to another span")
+            for kind in record.blobs:
+                missing = writer.get(BLOBS, node + kind.encode()) is None
+                if missing or (read_blobs and snapshot.blob(node, record, kind) is None):
+                    raise CorruptDataError(f"blob {kind} is missing")
+        except CorruptDataError:
+            doomed.append(node)
+            continue
+        roots[node] = record.root
+        totals[record.root].update(num_nodes=1, num_tokens=record.num_tokens, blob_bytes=record.size_bytes)
+        blob_keys.update(node + kind.encode() for kind in record.blobs)
+        entries[child_key(record.child_hash, record.span)] = node + record.span
+    logits = []
+    for digest, value in writer.scan(LOGITS):
+        try:
+            owner = logits_owner(value)
+            snapshot.logits(digest)
+            totals[roots[owner]]["blob_bytes"] += len(value)
+        except (CorruptDataError, KeyError):
+            logits.append(digest)
+    records = []
+    for table in (MODELS, TOKENIZERS, CHECKPOINTS):
+        for key, value in writer.scan(table):
+            try:
+                unpack_record(key, value)
+            except CorruptDataError:
+                records.append((table, key))
+    records += [(NODES, node) for node in doomed] + [(LOGITS, digest) for digest in logits]
+    records += [(BLOBS, key) for key, _ in writer.scan(BLOBS) if key not in blob_keys]
+    records += [(CHILDREN, key) for key, _ in writer.scan(CHILDREN) if key not in entries]
+    records += [(ROOTS, key) for key, _ in writer.scan(ROOTS)]
+    for table, key in records:
+        writer.delete(table, key)
+    for key, content in entries.items():
+        if writer.get(CHILDREN, key) != content:
+            writer.put(CHILDREN, key, content)
+    for root, amounts in totals.items():
+        writer.put(ROOTS, root.digest, pack_root(root, {name: amounts[name] for name in TOTALS}))
+    return len(doomed)

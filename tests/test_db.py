@@ -42,7 +42,7 @@ from promptdb.format import (
     unpack_record,
 )
 from promptdb.keys import Root, pack_tokens
-from promptdb.testing import encode_tokens
+from promptdb.testing import encode_tokens, scratch_directory
 
 ROOT = Root("aa" * 32, "bb" * 32)
 LOGITS_BLOB = bytes(build_blob([(TensorSpec("logits", "F32", (4,)), bytes(16))]))
@@ -596,17 +596,22 @@ def test_lookup_says_whether_logits_are_there(db):
     assert not lookup(db, []).is_complete
 
 
-def test_nodes_may_be_removed_while_they_are_listed(db):
+@pytest.mark.parametrize("on_disk", [True, False])
+def test_nodes_may_be_removed_while_they_are_listed(on_disk):
     """A walk over all nodes holds nothing between them: writing meanwhile is allowed."""
-    for first in range(600):
-        put(db, [first])
-    seen = 0
-    for node, record in db.nodes():
-        assert record.num_tokens == 1
-        db.remove(node)
-        seen += 1
-    assert seen == 600
-    assert db.stat()["num_nodes"] == 0
+    directory = scratch_directory()
+    with PromptDB(directory / "store", chunk_tokens=1) if on_disk else PromptDB.in_memory(chunk_tokens=1) as db:
+        put(db, range(600))
+        assert [node for node, _ in db.nodes()] == sorted({node for node, _ in db.nodes()})
+        seen = 0
+        for node, record in db.nodes():
+            assert record.num_tokens == 1
+            db.remove(node, only=True)
+            seen += 1
+        assert seen == 600
+        assert db.stat()["num_nodes"] == 0
+        assert db.verify() == []
+    shutil.rmtree(directory)
 
 
 def test_find_node(db):

@@ -216,6 +216,25 @@ class TestCaches:
             engine._recent = None
         assert torch.equal(kept, before)
 
+    def test_appends_in_place(self, engine):
+        engine.get([7, 8, 9])  # the first computation finds out the shapes, the second one uses them
+        for fresh in (True, False):
+            engine.get(TEXT if fresh else TEXT + " again")
+            cache = engine._recent[2]
+            assert all(layer._owns() for layer in cache.layers)
+            assert cache.stacks(engine._layout) is not None
+            place = cache.layers[0].keys.data_ptr()
+            with torch.no_grad():
+                engine.model(torch.tensor([[5, 6]]), past_key_values=cache, use_cache=True)
+            assert cache.layers[0].keys.data_ptr() == place
+
+    def test_another_dtype_is_not_converted_silently(self, engine):
+        cache = engine.get(TEXT).past_key_values()
+        layer = cache.layers[0]
+        more = torch.zeros(1, layer.keys.shape[1], 1, layer.keys.shape[3], dtype=torch.bfloat16)
+        with torch.no_grad(), pytest.raises(UnsupportedModelError, match="bfloat16"):
+            layer.update(more, more)
+
     def test_cut_short(self, engine):
         whole = engine.get(TEXT)
         for num_tokens in (0, 1, 17, whole.num_tokens):

@@ -22,16 +22,24 @@ TIMEOUT_S = 60
 PRELUDE = """
 import random, sys, time
 from promptdb import PromptDB
+from promptdb.blobs import TensorSpec, build_blob
+from promptdb.db import SpanPayload
 from promptdb.keys import Root, pack_tokens
-from promptdb.testing import encode_tokens
+from promptdb.trie import cut
 
 ROOT = Root("aa" * 32, "bb" * 32)
 path, seed = sys.argv[1], int(sys.argv[2])
 source = random.Random(seed)
 
 def put(db, tokens, boundaries=(), start=0):
-    packed = pack_tokens(tokens)
-    return db.put(ROOT, packed, start, encode_tokens(packed, boundaries, db.chunk_tokens))
+    packed = pack_tokens(tokens)  # as promptdb.testing.encode_tokens, whose imports would take a second
+    def encode(position):
+        spans = []
+        for begin, end in cut(position, len(tokens), boundaries, db.chunk_tokens):
+            blob = build_blob([(TensorSpec("tokens", "U32", (end - begin,)), packed[4 * begin : 4 * end])])
+            spans.append(SpanPayload(begin, end, (), {"tokens": blob}, 0.0, {}))
+        return spans
+    return db.put(ROOT, packed, start, encode)
 
 def lookup(db, tokens):
     return db.lookup(tokens, model=ROOT.weights_id, tokenizer=ROOT.tokenizer_id).num_tokens

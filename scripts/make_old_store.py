@@ -1,0 +1,82 @@
+"""Write the small store that is kept in ``tests/data`` to prove that old stores stay readable.
+
+    python scripts/make_old_store.py tests/data/store-v1
+
+Run it once per format version and commit what it writes. Never rewrite an old one: it stands for what users have.
+"""
+
+from __future__ import annotations
+
+import struct
+import sys
+from pathlib import Path
+from unittest.mock import Mock, patch
+
+from promptdb import PromptDB
+from promptdb.blobs import TensorSpec, build_blob
+from promptdb.db import SpanPayload
+from promptdb.format import FORMAT_VERSION, Group
+from promptdb.keys import Root, pack_tokens
+from promptdb.trie import cut
+
+CREATED_UNIX_S = 1_700_000_000.0
+ROOT = Root("a1" * 32, "b2" * 32)
+TENANT = Root("a1" * 32, "b2" * 32, "tenant", "c3" * 32)
+LAYOUT = (Group((0, 1), 2, 4, "F32"), Group((2, 3), 1, 2, "BF16"))
+PROMPT = [*range(100, 138), 2**32 - 1, 0]
+BRANCH = [*range(100, 110), 7, 7, 7]
+CHUNK = 16
+
+
+def value(slot: int, head: int, position: int, element: int) -> float:
+    """Return the number that stands at a place of the stored keys and values; exact in BF16."""
+    return float((slot + 1) * (head + 1)) + (position % 8) / 8 - element
+
+
+def spans(tokens: list[int], start: int, boundaries: list[int]) -> list[SpanPayload]:
+    """Return the spans of a prompt from ``start`` on, with made-up keys, values and log-probabilities."""
+    found = []
+    for begin, end in cut(start, len(tokens), boundaries, CHUNK):
+        tensors = []
+        for number, group in enumerate(LAYOUT):
+            data = b"".join(
+                struct.pack("<f", value(slot, head, position, element))[2 if group.dtype == "BF16" else 0 :]
+                for slot in group.slots
+                for head in range(group.kv_heads)
+                for position in range(begin, end)
+                for element in range(group.head_dim)
+            )
+            tensors.append((TensorSpec(f"kv.{number}", group.dtype, group.span_shape(end - begin)), data))
+        scores = [float("nan") if position == 0 else -position / 4 for position in range(begin, end)]
+        lp = build_blob(
+            [(TensorSpec("token_logprobs", "F32", (len(scores),)), struct.pack(f"<{len(scores)}f", *scores))]
+        )
+        found.append(SpanPayload(begin, end, LAYOUT, {"kv": build_blob(tensors), "lp": lp}, 0.5, {"torch": "2.13.0"}))
+    return found
+
+
+def main(path: Path) -> None:
+    """Write the store to ``path``, the same bytes every time."""
+    if path.exists():
+        raise SystemExit(f"{path} exists: an old store is never written again")
+    fixed = patch.multiple("promptdb.db", __version__="0", time=Mock(time=lambda: CREATED_UNIX_S))
+    fixed_too = patch("promptdb.registry.time", Mock(time=lambda: CREATED_UNIX_S))
+    with fixed, fixed_too, PromptDB(path, chunk_tokens=CHUNK, map_bytes=1) as db:
+        logits = build_blob([(TensorSpec("logits", "F32", (6,)), struct.pack("<6f", *range(6)))])
+        packed = pack_tokens(PROMPT)
+        db.put(ROOT, packed, 0, lambda start: spans(PROMPT, start, [5]), {len(PROMPT): logits})
+        db.put(ROOT, pack_tokens(BRANCH), 10, lambda start: spans(BRANCH, start, []))
+        db.put(TENANT, pack_tokens(BRANCH), 0, lambda start: spans(BRANCH, start, []), {3: logits})
+        db.registry.add_model(ROOT.weights_id, {"name": "tiny", "num_layers": 2, "dtype": "F32"})
+        db.registry.update_rates(ROOT.weights_id, compute_tokens_per_s=1000.0)
+        db.registry.add_tokenizer(ROOT.tokenizer_id, {"name": "bytes", "json": '{"model": "é"}', "verbatim": True})
+        db.registry.add_checkpoint(bytes(range(32)), {"weights_id": ROOT.weights_id})
+        assert db.verify() == []
+    (path / "lock.mdb").unlink()
+    size_bytes = (path / "data.mdb").stat().st_size
+    assert size_bytes < 200_000
+    print(f"format {FORMAT_VERSION}: {size_bytes:,} bytes")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
