@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -24,7 +25,6 @@ from .texts import Decoders, head, quoted
 SHORT_ID = 12
 MODEL_HELP = "Only of this model: its directory, its name, or the start of its weights ID."
 _TEXT_WIDTH = 40
-_MIN_ID_DIGITS = 4
 
 # Smallest first; `ls` shows the newest and the largest first.
 _SORT_KEYS: dict[str, Callable[[bytes, NodeRecord], Any]] = {
@@ -139,19 +139,17 @@ def show(node: str, path: str | None, as_json: bool) -> None:
 
 
 def find_node(db: PromptDB, text: str) -> bytes:
-    """Return the ID of the node that ``text`` starts; a very short start would be an accident, such as an empty variable.
+    """Return the ID of the one node whose ID starts with ``text``.
 
     Raises
     ------
+    Failure
+        Not a node ID, or so little of one that it must be an accident, such as an empty variable in a script.
     NodeNotFoundError
         None starts so, or several do.
-    Failure
-        Too short.
     """
-    if len(text) < _MIN_ID_DIGITS:
-        raise Failure(
-            f"node ID {text!r} is too short", f"give at least {_MIN_ID_DIGITS} digits of it; `promptdb ls` lists them"
-        )
+    if not re.fullmatch("[0-9a-fA-F]{4,64}", text):
+        raise Failure(f"{text!r} is no node ID", "give 4 or more hexadecimal digits of one; `promptdb ls` lists them")
     return db.find_node(text)
 
 

@@ -18,8 +18,11 @@ from typing import NamedTuple
 
 from promptdb.errors import CorruptDataError
 from promptdb.format import CHILDREN
-from promptdb.keys import DIGEST_BYTES, TOKEN_BYTES, PrefixHasher, child_key, common_prefix, num_tokens
+from promptdb.keys import DIGEST_BYTES, TOKEN_BYTES, PrefixHasher, child_key, common_prefix, node_id, num_tokens
 from promptdb.tables import Reader, Writer
+
+
+_REPAIR = "`promptdb verify --fix` makes the index again"
 
 
 class Step(NamedTuple):
@@ -47,7 +50,7 @@ class Walk(NamedTuple):
 def _read_child(value: memoryview) -> tuple[bytes, bytes]:
     content = bytes(value)
     if len(content) <= DIGEST_BYTES or len(content) % TOKEN_BYTES:
-        raise CorruptDataError(f"an entry of {len(content)} bytes in the child index")
+        raise CorruptDataError(f"an entry of {len(content)} bytes in the child index", _REPAIR)
     return content[:DIGEST_BYTES], content[DIGEST_BYTES:]
 
 
@@ -64,7 +67,8 @@ def match(reader: Reader, root_digest: bytes, packed: bytes, start: int = 0) -> 
     Returns
     -------
     Walk
-        ``num_tokens`` in [start, n]; the tokens of every step were compared with the prompt's.
+        ``num_tokens`` in [start, n]; the tokens of every step were compared with the prompt's, and its node ID is that
+        of its span after this prefix.
 
     Raises
     ------
@@ -89,10 +93,8 @@ def match(reader: Reader, root_digest: bytes, packed: bytes, start: int = 0) -> 
             break
         node, span = _read_child(value)
         shared = common_prefix(span, following)
-        if shared == 0:
-            raise CorruptDataError(
-                f"the entry of node {node[:8].hex()} in the child index has other tokens than its key"
-            )
+        if shared == 0 or node != node_id(digest, span):
+            raise CorruptDataError(f"the child index has another span's entry at token {position}", _REPAIR)
         steps.append(Step(node, position, shared, num_tokens(span)))
         position += shared
     return Walk(tuple(steps), position, digest)

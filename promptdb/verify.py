@@ -184,7 +184,8 @@ def repair(writer: Writer, *, read_blobs: bool) -> int:
     for table, key in records:
         writer.delete(table, key)
     for key, content in entries.items():
-        if writer.get(CHILDREN, key) != content:
+        standing = writer.get(CHILDREN, key)
+        if standing is None or bytes(standing) != content:
             writer.put(CHILDREN, key, content)
     for root, amounts in totals.items():
         writer.put(ROOTS, root.digest, pack_root(root, {name: amounts[name] for name in TOTALS}))

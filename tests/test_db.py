@@ -474,6 +474,55 @@ def test_damage_is_noticed_on_reading_and_named_by_verify(sound, table, change, 
         assert refused or change is gone or table == CHILDREN
 
 
+@pytest.mark.parametrize("change", [flip_first, flip_last, shorten, empty, gone])
+@pytest.mark.parametrize("table", [NODES, BLOBS, LOGITS, CHILDREN, ROOTS, MODELS])
+def test_damage_is_repaired(sound, table, change):
+    with PromptDB(sound) as db:
+        put(db, range(1000, 1020), logits=[20])
+    damage(sound, table, change)
+    with PromptDB(sound) as db:
+        problems = db.verify(fix=True)
+        assert problems or table == MODELS
+        assert db.verify() == []
+        for tokens in (range(8), range(1000, 1020)):
+            found = lookup(db, tokens).num_tokens
+            assert read_tokens(db, tokens) == pack_tokens(tokens[:found])
+            put(db, tokens, logits=[len(tokens)])
+            assert lookup(db, tokens).is_complete
+            assert read_tokens(db, tokens) == pack_tokens(tokens)
+        assert db.stat()["num_nodes"] == 4
+        assert db.verify() == []
+
+
+@pytest.mark.parametrize("only", [True, False])
+@pytest.mark.parametrize("at", [0, 1])
+def test_a_span_with_a_damaged_record_is_removed(store_path, only, at):
+    """The record says what belongs to a span; without it, a walk over the store does."""
+    with PromptDB(store_path, chunk_tokens=8) as db:
+        put(db, range(24), logits=[8, 16, 24])
+        nodes = [step.node for step in lookup(db, range(24)).steps]
+    damage(store_path, NODES, flip_last, nodes[at])
+    with PromptDB(store_path) as db:
+        assert db.remove(nodes[at], only=only) == 1
+        assert lookup(db, range(24)).num_tokens == 8 * at
+        assert db.verify() == []
+        if at == 0:  # and what stands on it can be removed, whose prefix cannot be known any more
+            assert db.remove(nodes[1], only=only) == 1
+        put(db, range(24))
+        assert read_tokens(db, range(24)) == pack_tokens(range(24))
+        assert db.verify() == []
+
+
+def test_a_span_that_stands_on_a_damaged_record_is_removed(store_path):
+    with PromptDB(store_path, chunk_tokens=8) as db:
+        put(db, range(24))
+        nodes = [step.node for step in lookup(db, range(24)).steps]
+    damage(store_path, NODES, flip_last, nodes[0])
+    with PromptDB(store_path) as db:
+        assert db.remove(nodes[2]) == 1
+        assert db.verify() == []
+
+
 def read_logits(db):
     from promptdb.keys import prefix_digests
 
