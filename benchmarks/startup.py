@@ -6,6 +6,7 @@ Run: ``python benchmarks/startup.py [--rounds N]``. The commands take turns; med
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import subprocess
 import sys
@@ -36,7 +37,7 @@ def run(directory: Path, rounds: int) -> None:
 
     call(*promptdb, "demo-model", model, "--arch", "gpt2")
     call(*promptdb, "put", PROMPT)
-    found = call(*promptdb, "get", "--json", PROMPT)
+    assert json.loads(call(*promptdb, "get", "--json", PROMPT))["is_complete"]
     commands = {
         "python -c pass": [*python, "-c", "pass"],
         "promptdb --help": [*promptdb, "--help"],

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import click
 
-from promptdb.demo import ARCHITECTURES, NUM_STEPS, SIZES, DemoReport, write_demo_model
+from promptdb.demo import NUM_STEPS, DemoReport, write_demo_model
+from promptdb.demo_models import ARCHITECTURES, SIZES
 
 __all__ = ["demo_model"]
 

@@ -180,7 +180,7 @@ def _print(found: dict[str, Any]) -> None:
 def _print_parting(found: dict[str, Any]) -> None:
     if found["expected_token"] is not None and found["num_stored"]:
         print_line(("up to      ", "bold"), tail(found["stored_text"], _CONTEXT_WIDTH))
-    if found["expected_token"] is not None:
+    if found["expected_token"] is not None and (found["num_stored"] or found["stored_next_tokens"]):
         print_line(("prompt has ", "bold"), (_token(found["expected_token"]), "red"))
     if found["stored_next_tokens"]:
         print_line(("store has  ", "bold"), (", ".join(map(_token, found["stored_next_tokens"])), "green"))

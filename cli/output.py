@@ -71,14 +71,16 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     headers = [column.removeprefix(">") for column in columns]
     right = [column.startswith(">") for column in columns]
     if is_terminal():
-        from rich import box
         from rich.table import Table
 
-        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-        for header, to_right in zip(headers, right, strict=True):
-            table.add_column(header, justify="right" if to_right else "left")
+        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+        for number, (header, to_right) in enumerate(zip(headers, right, strict=True)):
+            is_last = number == len(headers) - 1  # the one that is cut where the terminal is narrow
+            table.add_column(header, justify="right" if to_right else "left", no_wrap=not is_last)
         for row in rows:
-            table.add_row(*map(styled, row))
+            texts = [styled(cell) for cell in row]
+            texts[-1].no_wrap, texts[-1].overflow = True, "ellipsis"
+            table.add_row(*texts)
         _console().print(table)
         return
     widths = [max(map(len, column)) for column in zip(headers, *rows, strict=True)]
@@ -119,15 +121,18 @@ def duration(seconds: float) -> str:
         return f"{seconds * 1e6:.0f} µs"
     if seconds < 1:
         return f"{seconds * 1e3:.3g} ms"
-    for unit, length_s in (("s", 1), ("min", 60), ("h", 3600)):
-        if seconds < 100 * length_s:
-            return f"{seconds / length_s:.3g} {unit}"
-    return f"{seconds / 86400:.0f} days"
+    if seconds < 100:
+        return f"{seconds:.3g} s"
+    return f"{seconds // 60:,.0f} min {seconds % 60:.0f} s"
 
 
 def age(unix_s: float) -> str:
     """Return how long ago something was, for people."""
-    return duration(max(1.0, round(time.time() - unix_s)))
+    seconds = max(0.0, time.time() - unix_s)
+    for unit, length_s, most in (("s", 1, 100), ("min", 60, 100), ("h", 3600, 48)):
+        if seconds < most * length_s:
+            return f"{seconds // length_s:.0f} {unit}"
+    return f"{seconds // 86400:,.0f} days"
 
 
 def count(number: int, noun: str) -> str:

@@ -12,12 +12,7 @@ from promptdb.format import FORMAT_VERSION, TOTALS
 
 from .known import checkpoints
 from .options import store_options
-from .output import age, count, print_fields, print_json, print_line, print_table, size
-
-_MODEL_COLUMNS = (
-    "weights", "type", ">parameters", "dtype", ">max tokens", ">spans", ">tokens", ">size", ">computes", ">loads",
-    "name",
-)  # fmt: skip
+from .output import age, count, print_fields, print_json, print_line, size
 
 
 @click.command(short_help="Show totals of the store.")
@@ -99,36 +94,30 @@ def models(path: str | None, as_json: bool) -> None:
     if not found:
         print_line("No model is known.")
         return
-    print_table(
-        _MODEL_COLUMNS,
-        [_model_row(each) for each in found],
-    )
-    print_line("")
-    print_table(
-        ("tokenizer", "class", ">size", "runs without transformers"),
-        [
-            (each["tokenizer_id"][:12], each["name"], size(each["size_bytes"]), "yes" if each["runs_alone"] else "no")
-            for each in tokenizers
-        ],
-    )
+    for each in found:
+        _print_model(each)
+    for each in tokenizers:
+        print_line((f"{each['name'] or '?'}", "bold"), ", a tokenizer")
+        how = "" if each["runs_alone"] else ", runs with transformers only"
+        print_fields({"  ID": each["tokenizer_id"], "  size": size(each["size_bytes"]) + how})
 
 
-def _model_row(model: dict[str, Any]) -> tuple[str, ...]:
+def _print_model(model: dict[str, Any]) -> None:
+    longest = f"up to {count(model['max_tokens'], 'token')}" if model.get("max_tokens") else "any length"
+    what = (model.get("model_type", "?"), _parameters(model.get("num_parameters", 0)), model.get("dtype", "?"), longest)
+    print_line((str(model.get("name", "?")), "bold"), ", a model: ", ", ".join(map(str, what)))
     computes, loads = model.get("compute_tokens_per_s"), model.get("load_bytes_per_s")
-    return (
-        model["weights_id"][:12],
-        str(model.get("model_type", "?")),
-        _millions(model.get("num_parameters", 0)),
-        str(model.get("dtype", "?")),
-        f"{model['max_tokens']:,}" if model.get("max_tokens") else "any",
-        f"{model['num_nodes']:,}",
-        f"{model['num_tokens']:,}",
-        size(model["blob_bytes"]),
-        f"{computes:,.0f} tokens/s" if computes else "",
-        f"{size(loads)}/s" if loads else "",
-        str(model.get("name", "")),
-    )
+    rates = [f"computes {computes:,.0f} tokens/s"] if computes else []
+    rates += [f"loads {size(loads)}/s"] if loads else []
+    stored = (count(model["num_nodes"], "span"), count(model["num_tokens"], "token"), size(model["blob_bytes"]))
+    fields = {
+        "  ID": model["weights_id"],
+        "  files": ", ".join(model["checkpoints"]),
+        "  stored": ", ".join(stored),
+        "  measured": ", ".join(rates),
+    }
+    print_fields({name: value for name, value in fields.items() if value})
 
 
-def _millions(parameters: int) -> str:
-    return f"{parameters / 1e9:.3g} B" if parameters >= 1e9 else f"{parameters / 1e6:.3g} M"
+def _parameters(number: int) -> str:
+    return f"{number / 1e9:.3g} billion parameters" if number >= 1e9 else f"{number / 1e6:.3g} million parameters"

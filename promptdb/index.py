@@ -58,14 +58,15 @@ class _MapLock:
     """
 
     def __init__(self) -> None:
-        self._condition = threading.Condition()
+        self._lock = threading.Lock()
+        self._condition = threading.Condition(self._lock)
         self._depths: dict[int, int] = {}  # by thread; 0 is not kept
         self._resizing = False
 
     def acquire(self) -> int:
         """Take it shared; return what :meth:`release` wants, from whichever thread it is called."""
         thread = threading.get_ident()
-        with self._condition:
+        with self._lock:
             depth = self._depths.get(thread, 0)
             while self._resizing and not depth:
                 self._condition.wait()
@@ -73,7 +74,7 @@ class _MapLock:
         return thread
 
     def release(self, thread: int) -> None:
-        with self._condition:
+        with self._lock:
             depth = self._depths.pop(thread) - 1
             if depth:
                 self._depths[thread] = depth

@@ -21,7 +21,6 @@ from promptdb.format import CHILDREN
 from promptdb.keys import DIGEST_BYTES, TOKEN_BYTES, PrefixHasher, child_key, common_prefix, node_id, num_tokens
 from promptdb.tables import Reader, Writer
 
-
 _REPAIR = "`promptdb verify --fix` makes the index again"
 
 
@@ -87,15 +86,17 @@ def match(reader: Reader, root_digest: bytes, packed: bytes, start: int = 0) -> 
         digest = hasher.at(position)
         if position == total:
             break
-        following = packed[position * TOKEN_BYTES :]
-        value = reader.get(CHILDREN, child_key(digest, following))
+        at = position * TOKEN_BYTES
+        value = reader.get(CHILDREN, child_key(digest, packed[at : at + TOKEN_BYTES]))
         if value is None:
             break
         node, span = _read_child(value)
-        shared = common_prefix(span, following)
+        span_tokens = shared = num_tokens(span)
+        if not packed.startswith(span, at):
+            shared = common_prefix(span, packed[at : at + len(span)])
         if shared == 0 or node != node_id(digest, span):
             raise CorruptDataError(f"the child index has another span's entry at token {position}", _REPAIR)
-        steps.append(Step(node, position, shared, num_tokens(span)))
+        steps.append(Step(node, position, shared, span_tokens))
         position += shared
     return Walk(tuple(steps), position, digest)
 

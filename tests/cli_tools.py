@@ -10,7 +10,8 @@ from pathlib import Path
 from click.testing import CliRunner, Result
 from promptdb.cli.main import cli
 
-from promptdb.demo import byte_tokenizer, random_model
+from promptdb.demo_models import random_model
+from promptdb.demo_text import byte_tokenizer
 
 TIMEOUT_S = 120
 

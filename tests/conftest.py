@@ -21,22 +21,22 @@ SUPPORTED = (
 REFUSED = ("qwen3_next", "mamba", "lfm2", "granitemoehybrid")
 
 TEXT = (
-    "Hello there. General Kenobi, you are a bold one.\n\nNaïve café: 你好, 🙂🙃! The quick brown fox jumps over the lazy dog, "
-    "again and again, 1234567890 times; then it rests.\n"
+    "Hello there. General Kenobi, you are a bold one.\n\nNaïve café: 你好, 🙂🙃! The quick brown fox jumps over the "
+    "lazy dog, again and again, 1234567890 times; then it rests.\n"
 )
 
 
 @cache
 def shared_model(arch: str):
     """Return a tiny random model that no test may change."""
-    from promptdb.demo import random_model
+    from promptdb.demo_models import random_model
 
     return random_model(arch)
 
 
 @cache
 def shared_tokenizer():
-    from promptdb.demo import byte_tokenizer
+    from promptdb.demo_text import byte_tokenizer
 
     return byte_tokenizer()
 

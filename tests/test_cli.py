@@ -5,6 +5,7 @@ import math
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -45,6 +46,13 @@ def store(tmp_path, monkeypatch):
     if path.exists():
         with PromptDB(path) as db:
             assert db.verify() == []
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_is_documented_with_its_output(name):
+    documentation = Path(__file__).parent.parent / "docs" / "cli.md"
+    section = documentation.read_text(encoding="utf-8").partition(f"\n## {name}\n")[2].partition("\n## ")[0]
+    assert f"$ promptdb {name}" in section
 
 
 @pytest.mark.parametrize("name", COMMANDS)

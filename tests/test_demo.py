@@ -9,7 +9,7 @@ import torch
 from click.testing import CliRunner
 from promptdb.cli.demo_model import demo_model
 
-from promptdb import demo
+from promptdb import demo, demo_models, demo_text
 from promptdb.errors import InputTypeError, ModelError, UnsupportedModelError
 
 TEXTS = [
@@ -51,9 +51,9 @@ def digest(path):
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-@pytest.mark.parametrize("arch", demo.ARCHITECTURES)
+@pytest.mark.parametrize("arch", demo_models.ARCHITECTURES)
 def test_logits_depend_on_every_token(arch):
-    model = demo.random_model(arch)
+    model = demo_models.random_model(arch)
     assert not model.training
     tokens = torch.randint(2, 384, (60,), generator=torch.Generator().manual_seed(1))
     changed = {where: tokens.clone() for where in ("same", "last", "near", "first")}
@@ -80,64 +80,64 @@ def test_random_model_is_deterministic_and_leaves_the_global_state():
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
-    first, again, other = (demo.random_model("llama", seed=seed).state_dict() for seed in (3, 3, 4))
+    first, again, other = (demo_models.random_model("llama", seed=seed).state_dict() for seed in (3, 3, 4))
     assert torch.equal(torch.rand(3), expected)
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert not torch.equal(first["lm_head.weight"], other["lm_head.weight"])
 
 
 def test_random_model_options():
-    model = demo.random_model("qwen2", dtype="bfloat16", num_hidden_layers=3, vocab_size=600)
+    model = demo_models.random_model("qwen2", dtype="bfloat16", num_hidden_layers=3, vocab_size=600)
     assert model.dtype == torch.bfloat16
     assert model.config.num_hidden_layers == 3
     assert model.get_input_embeddings().weight.shape == (600, 64)
-    assert demo.random_model(size="tiny").config.model_type == "gpt2"
+    assert demo_models.random_model(size="tiny").config.model_type == "gpt2"
 
 
 @pytest.mark.parametrize(("size", "num_parameters"), [("gpt2", 124e6), ("llama-1b", 1.24e9), ("llama-8b", 8.03e9)])
 def test_sizes_have_the_shapes_of_their_names(size, num_parameters):
-    model = demo.random_model(size=size, device="meta")
+    model = demo_models.random_model(size=size, device="meta")
     assert sum(parameter.numel() for parameter in model.parameters()) == pytest.approx(num_parameters, rel=0.01)
 
 
 def test_unknown_names():
     with pytest.raises(UnsupportedModelError, match="llama"):
-        demo.random_model("lstm")
+        demo_models.random_model("lstm")
     with pytest.raises(ModelError, match="gpt2-medium"):
-        demo.random_model(size="gpt5")
+        demo_models.random_model(size="gpt5")
     with pytest.raises(ModelError, match="'llama'"):
-        demo.random_model("gpt2", size="llama-1b")
+        demo_models.random_model("gpt2", size="llama-1b")
 
 
 @pytest.mark.parametrize("text", TEXTS)
 def test_byte_tokenizer_round_trips(text):
-    tokenizer = demo.byte_tokenizer()
+    tokenizer = demo_text.byte_tokenizer()
     assert len(tokenizer) < 512
     ids = tokenizer(text).input_ids
     assert tokenizer.decode(ids) == text
-    assert ids == demo.byte_tokenizer()(text).input_ids
+    assert ids == demo_text.byte_tokenizer()(text).input_ids
 
 
 def test_tokenizer_arguments():
     with pytest.raises(InputTypeError):
-        demo.demo_tokenizer("one text")
+        demo_text.demo_tokenizer("one text")
     with pytest.raises(ModelError):
-        demo.demo_tokenizer(["text"], vocab_size=100)
+        demo_text.demo_tokenizer(["text"], vocab_size=100)
 
 
 def test_corpus_is_prose_of_the_length_asked_for():
-    text = demo.corpus(100_000)
+    text = demo_text.corpus(100_000)
     assert 90_000 < len(text) <= 100_000
-    assert demo.corpus(250_000).startswith(text)
+    assert demo_text.corpus(250_000).startswith(text)
     assert ">>>" not in text
 
 
 def test_training_lowers_the_loss(trained):
     _, (report, _), losses = trained
     assert [done for done, _ in losses] == list(range(1, len(losses) + 1))
-    assert losses[0][1] == pytest.approx(math.log(demo.VOCAB_SIZE), abs=0.5)
+    assert losses[0][1] == pytest.approx(math.log(demo_text.VOCAB_SIZE), abs=0.5)
     assert report.loss < losses[0][1] - 1
-    assert report.heldout_loss < math.log(demo.VOCAB_SIZE) - 1
+    assert report.heldout_loss < math.log(demo_text.VOCAB_SIZE) - 1
     assert report.num_tokens_trained == 4 * 1024
 
 

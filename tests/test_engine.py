@@ -9,11 +9,11 @@ import weakref
 
 import pytest
 import torch
-from conftest import TEXT, shared_model, shared_tokenizer
+from conftest import TEXT, shared_model
 from transformers import DynamicCache
 
 from promptdb import Engine, PromptDB
-from promptdb.demo import random_model
+from promptdb.demo_models import random_model
 from promptdb.errors import (
     EmptyPromptError,
     InputTypeError,
@@ -373,7 +373,7 @@ class TestThreads:
                     got = engine.get(prompt)
                     torch.testing.assert_close(got.logits, expected[tuple(prompt)], rtol=0, atol=1e-5)
                     assert got.past_key_values().get_seq_length() == len(prompt)
-            except BaseException as error:
+            except BaseException as error:  # noqa: BLE001 - shown below
                 failures.append(error)
 
         threads = [threading.Thread(target=work, args=(n,)) for n in range(4)]
@@ -491,7 +491,7 @@ class TestIdentityOfAnEngine:
             assert explanation.num_stored == before.num_tokens
 
     def test_explain_names_the_field(self, db, tokenizer):
-        from promptdb.demo import demo_tokenizer
+        from promptdb.demo_text import demo_tokenizer
 
         with Engine(db, random_model("gpt2"), tokenizer) as engine:
             ids = engine.get(TEXT).token_ids

@@ -99,7 +99,7 @@ def test_attaching_in_the_middle_of_a_span(arch, db):
 @pytest.mark.parametrize("arch", ["gpt2", "llama", "mistral", "gemma2", "gemma3_text", "falcon", "bloom"])
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_both_attention_implementations(arch, attention, db):
-    from promptdb.demo import random_model
+    from promptdb.demo_models import random_model
 
     try:
         model = random_model(arch)
@@ -126,7 +126,7 @@ def test_states_that_are_more_than_keys_and_values_are_refused_by_name(arch, db)
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision_keeps_its_dtype_and_its_bits(dtype, db):
-    from promptdb.demo import random_model
+    from promptdb.demo_models import random_model
 
     model, tokenizer = random_model("llama", dtype=dtype), shared_tokenizer()
     with Engine(db, model, tokenizer) as engine:

@@ -154,7 +154,7 @@ def test_models_are_not_kept_alive():
     import gc
     import weakref
 
-    from promptdb.demo import random_model
+    from promptdb.demo_models import random_model
 
     model = random_model("gpt2")
     reference = weakref.ref(model)
