@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from promptdb.checkpoint import describe, resolve, tokenizer_files_present
 from promptdb.db import PromptDB
 from promptdb.errors import CorruptDataError, ModelNotFoundError, PromptTooLongError
-from promptdb.format import CHECKPOINTS, unpack_record
 from promptdb.keys import Root
 from promptdb.loading import checkpoint_key
 from promptdb.tokens import Encoder, Prompt
@@ -92,7 +90,7 @@ def _unknown(db: PromptDB, model: str, directory: Path, dtype: str) -> UnknownMo
                 f"the store does not know {model} as {dtype}, but as {other}",
                 f"add --dtype {other}; other weights, or the same in another precision, have other representations",
             )
-    paths = {Path(path).resolve() for entry in checkpoints(db) if (path := entry.get("path"))}
+    paths = {Path(path).resolve() for entry in db.registry.checkpoints() if (path := entry.get("path"))}
     if directory.resolve() in paths:
         return UnknownModelError(
             f"the files of {model}, or the versions of torch and transformers, have changed since it was stored",
@@ -102,12 +100,6 @@ def _unknown(db: PromptDB, model: str, directory: Path, dtype: str) -> UnknownMo
         f"the store does not know {model}: nothing was stored with it",
         "`promptdb put` stores prompts; `promptdb models` lists what the store knows",
     )
-
-
-def checkpoints(db: PromptDB) -> list[dict[str, Any]]:
-    """Return what the store remembers of checkpoints: ``weights_id``, ``tokenizer_id``, ``path``."""
-    with db.read() as snapshot:
-        return [unpack_record(key, data) for key, data in snapshot.reader.scan(CHECKPOINTS)]
 
 
 def find_weights(db: PromptDB, model: str) -> set[str]:
@@ -126,7 +118,7 @@ def find_weights(db: PromptDB, model: str) -> set[str]:
     if Path(model).expanduser().is_dir():
         directory = Path(model).expanduser().resolve()
         now = [db.registry.checkpoint(checkpoint_key(directory, dtype)) for dtype in DTYPES]
-        before = [entry for entry in checkpoints(db) if Path(entry["path"]).resolve() == directory]
+        before = [entry for entry in db.registry.checkpoints() if Path(entry["path"]).resolve() == directory]
         found |= {entry["weights_id"] for entry in list(filter(None, now)) or before}
     if not found:
         raise UnknownModelError(f"the store knows no model {model!r}", "`promptdb models` lists them")

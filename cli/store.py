@@ -10,7 +10,6 @@ import click
 from promptdb.db import PromptDB
 from promptdb.format import FORMAT_VERSION, TOTALS
 
-from .known import checkpoints
 from .options import store_options
 from .output import age, count, print_fields, print_json, print_line, size
 
@@ -69,7 +68,7 @@ def models(path: str | None, as_json: bool) -> None:
         totals: dict[str, Counter[str]] = {}
         for root, amounts in db.roots():
             totals.setdefault(root.weights_id, Counter()).update(amounts)
-        known = checkpoints(db)
+        known = db.registry.checkpoints()
         found = [
             {
                 "weights_id": weights_id,

@@ -1,23 +1,28 @@
 """promptdb: a persistent database of prompt representations.
 
-Importing this package imports neither torch nor transformers; names that need them load when they are used.
+Importing this package imports neither torch nor transformers; its names load when they are used.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from promptdb.db import PromptDB
 from promptdb.version import __version__
 
 if TYPE_CHECKING:
+    from promptdb.db import PromptDB
     from promptdb.engine import Engine
     from promptdb.representation import Representation
     from promptdb.text import Text
 
 __all__ = ["Engine", "PromptDB", "Representation", "Text", "__version__"]
 
-_LAZY = {"Engine": "promptdb.engine", "Representation": "promptdb.representation", "Text": "promptdb.text"}
+_LAZY = {
+    "Engine": "promptdb.engine",
+    "PromptDB": "promptdb.db",
+    "Representation": "promptdb.representation",
+    "Text": "promptdb.text",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -20,7 +20,7 @@ import sys
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
 
 from blake3 import blake3
 
@@ -47,7 +47,7 @@ class Root:
 
     Notes
     -----
-    Immutable and thread safe. ``digest`` is computed once, in microseconds.
+    Immutable and thread safe. ``digest`` is computed once for equal fields, in microseconds.
     """
 
     weights_id: str
@@ -56,13 +56,13 @@ class Root:
     intervention_id: str = ""
 
     def __post_init__(self) -> None:
-        for name in ("weights_id", "tokenizer_id", "namespace", "intervention_id"):
-            if not isinstance(getattr(self, name), str):
-                raise InputTypeError(f"{name} must be a str, not {type(getattr(self, name)).__name__}")
-            if not getattr(self, name).isascii():
-                _check_unicode(name, getattr(self, name))
+        for name, value in vars(self).items():
+            if not isinstance(value, str):
+                raise InputTypeError(f"{name} must be a str, not {type(value).__name__}")
+            if not value.isascii():
+                _check_unicode(name, value)
 
-    @cached_property
+    @property
     def digest(self) -> bytes:
         """32 bytes, equal on every machine for equal fields."""
         return _root_digest(self.weights_id, self.tokenizer_id, self.namespace, self.intervention_id)

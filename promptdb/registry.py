@@ -94,6 +94,10 @@ class Registry:
         """Return the IDs of a checkpoint whose files and load options have this digest, or None."""
         return self._get(CHECKPOINTS, file_key)
 
+    def checkpoints(self) -> list[dict[str, Any]]:
+        """Return the entries of all checkpoints: ``path``, ``weights_id``, ``tokenizer_id``."""
+        return [fields for _, fields in self._all(CHECKPOINTS)]
+
     def add_checkpoint(self, file_key: bytes, fields: Mapping[str, Any]) -> None:
         """Remember the IDs of a checkpoint."""
         if self.checkpoint(file_key) != dict(fields):

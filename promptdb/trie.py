@@ -80,6 +80,7 @@ def match(reader: Reader, root_digest: bytes, packed: bytes, start: int = 0) -> 
     """
     total = num_tokens(packed)
     hasher = PrefixHasher(root_digest, packed)
+    get = reader.get
     steps: list[Step] = []
     position = start
     while True:
@@ -87,7 +88,7 @@ def match(reader: Reader, root_digest: bytes, packed: bytes, start: int = 0) -> 
         if position == total:
             break
         at = position * TOKEN_BYTES
-        value = reader.get(CHILDREN, child_key(digest, packed[at : at + TOKEN_BYTES]))
+        value = get(CHILDREN, child_key(digest, packed[at : at + TOKEN_BYTES]))
         if value is None:
             break
         node, span = _read_child(value)
