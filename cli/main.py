@@ -33,6 +33,7 @@ COMMANDS = {
     "rm": ("remove", "Remove spans and all that stands on them."),
     "stat": ("store", "Show totals of the store."),
     "models": ("store", "List known models and tokenizers."),
+    "verify": ("verify", "Check every record, blob and index entry of the store."),
     "demo-model": ("demo_model", "Write a small language model and its tokenizer to DIR."),
 }
 

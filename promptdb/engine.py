@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 from time import perf_counter
@@ -13,7 +14,7 @@ import torch
 from promptdb.cache import PromptCache, bytes_per_token, layout_of
 from promptdb.cost import CostModel
 from promptdb.db import PromptDB
-from promptdb.errors import InputTypeError, NonFiniteError, StoreError, UnsupportedModelError
+from promptdb.errors import CorruptDataError, InputTypeError, NonFiniteError, StoreError, UnsupportedModelError
 from promptdb.explain import Explanation, explain
 from promptdb.format import Layout
 from promptdb.keys import Root, unpack_tokens
@@ -27,6 +28,8 @@ from promptdb.tokens import Encoder, Prompt, as_prompt
 from promptdb.trie import cut
 from promptdb.version import __version__
 from promptdb.watch import ModelWatch
+
+logger = logging.getLogger("promptdb")
 
 # Room that a loaded cache has beyond its tokens, so that the first tokens appended do not move it.
 _SPARE_TOKENS = 64
@@ -210,24 +213,34 @@ class Engine:
         return explain(self.db, self.root, packed, self.cost)
 
     def _lookup(self, root: Root, packed: bytes) -> Match:
-        with self.db.read() as snapshot:
-            match = snapshot.match(root, packed)
+        match = self._match(root, packed)
         waited = not match.is_complete and self._storer.queue.wait_for(
             root, packed, match.num_tokens, has_logits=match.has_logits
         )
         if waited:
-            with self.db.read() as snapshot:
-                match = snapshot.match(root, packed)
+            match = self._match(root, packed)
         return self._strictly(match) if self.strict else match
+
+    def _match(self, root: Root, packed: bytes) -> Match:
+        try:
+            with self.db.read() as snapshot:
+                return snapshot.match(root, packed)
+        except CorruptDataError as error:
+            # Only the whole store can be put right, which is not a lookup's business.
+            logger.warning("the index is damaged, so nothing is found and nothing stored: %s", error)
+            return Match(root, packed, (), 0, has_logits=False, is_damaged=True)
 
     def _strictly(self, match: Match) -> Match:
         here = self._runner.provenance()
         with self.db.read() as snapshot:
             for number, step in enumerate(match.steps):
-                record = snapshot.record(step.node)
+                try:
+                    record = snapshot.record(step.node)
+                except CorruptDataError:
+                    record = None
                 same = record is not None and record.provenance.get("past_tokens") == 0
                 if record is None or not same or any(record.provenance.get(name) != here[name] for name in here):
-                    return Match(match.root, match.packed, match.steps[:number], step.start, False)
+                    return Match(match.root, match.packed, match.steps[:number], step.start, has_logits=False)
         return match
 
     def get(self, prompt: Any, *, logits: str = "last", store: bool = True) -> Representation:
@@ -319,7 +332,9 @@ class Engine:
         if start:
             loaded = self._loader.prefix(match, start, total + _SPARE_TOKENS, self.cost)
             if loaded is None:  # gone between lookup and load, or damaged: a miss
-                match = self._lookup(root, asked.packed) if retry else Match(root, asked.packed, (), 0, False)
+                match = (
+                    self._lookup(root, asked.packed) if retry else Match(root, asked.packed, (), 0, has_logits=False)
+                )
                 return self._extend(root, asked, match, keep_all=keep_all, store=store, began=began, retry=False)
             cache = loaded[0]
             logprobs[: match.num_tokens] = loaded[1]
@@ -342,7 +357,7 @@ class Engine:
 
         storing = perf_counter()
         self._layout = layout = layout_of(cache)
-        if store and not self.db.readonly:
+        if store and not self.db.readonly and not match.is_damaged:
             self.cost.sized(bytes_per_token(layout))
             self._storer.store(
                 root,

@@ -59,6 +59,7 @@ class Match:
     steps: tuple[Step, ...]
     num_tokens: int
     has_logits: bool
+    is_damaged: bool = False  # the index could not be read: what is stored is not known
 
     @property
     def is_complete(self) -> bool:

@@ -10,6 +10,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 
+pytest.register_assert_rewrite("promptdb.testing")
+
 from promptdb import PromptDB
 
 # Compared with a single pass, exactly (to 1e-5 in float32).

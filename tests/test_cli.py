@@ -16,7 +16,9 @@ from promptdb.cli.tree import guides
 
 from promptdb import Engine, PromptDB
 from promptdb.blobs import TensorView
-from promptdb.format import BLOBS, KV_BLOB
+from promptdb.format import BLOBS, CHILDREN, KV_BLOB
+from promptdb.keys import Root, pack_tokens
+from promptdb.testing import encode_tokens
 
 TEXT = "Hello there. General Kenobi"
 PIECES = ("Hello there.", " General", " Kenobi")
@@ -301,3 +303,21 @@ def test_predictions_of_every_dtype():
 
 def test_guides_of_a_tree():
     assert guides([0, 1, 2, 1, 0]) == ["├── ", "│   ├── ", "│   │   └── ", "│   └── ", "└── "]
+
+
+def test_verify_says_what_does_not_hold_and_fixes_it(tmp_path):
+    from click.testing import CliRunner
+
+    path = str(tmp_path / "store.promptdb")
+    with PromptDB(path) as db:
+        packed = pack_tokens([1, 2, 3])
+        db.put(Root("00" * 32, "11" * 32), packed, 0, encode_tokens(packed))
+        assert CliRunner().invoke(cli, ["verify", "--db", path]).output == "1 span: everything holds.\n"
+        db._index.transact(lambda writer: [writer.delete(CHILDREN, key) for key, _ in list(writer.scan(CHILDREN))])
+    found = CliRunner().invoke(cli, ["verify", "--db", path])
+    assert found.exit_code == 1
+    assert "verify --fix" in found.output
+    found = CliRunner().invoke(cli, ["verify", "--db", path, "--fix", "--json"])
+    assert found.exit_code == 1
+    assert '"is_fixed": true' in found.output
+    assert CliRunner().invoke(cli, ["verify", "--db", path]).exit_code == 0

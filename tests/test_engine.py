@@ -426,6 +426,27 @@ class TestDamage:
             assert longer.token_logprobs.isfinite().all()
             assert engine.get(TEXT).tokens_computed == 0
 
+    def test_a_damaged_index_is_a_miss_and_nothing_is_stored_over_it(self, db, tokenizer, caplog):
+        from promptdb.format import CHILDREN
+
+        with Engine(db, shared_model("llama"), tokenizer) as engine:
+            expected = engine.get(TEXT)
+            engine.flush()
+
+            def damage_index(writer):
+                for key, value in [(key, bytes(value)) for key, value in writer.scan(CHILDREN)]:
+                    writer.put(CHILDREN, key, value[:40] + bytes([value[40] ^ 1]) + value[41:])
+
+            db._index.transact(damage_index)
+            got = engine.get(TEXT)
+            assert got.tokens_loaded == 0
+            torch.testing.assert_close(got.logits, expected.logits, rtol=0, atol=1e-5)
+            assert "the index is damaged" in caplog.text
+            assert "verify --fix" in caplog.text
+            engine.flush()
+            assert db.verify(fix=True) != []
+            assert engine.get(TEXT).tokens_computed == 0
+
 
 def damage(db, kind):
     from promptdb.format import BLOBS
