@@ -1,6 +1,6 @@
 """Storing and fetching 1,000 tokens of a GPT-2 (124M): each figure against a named alternative in the same run.
 
-Run: ``python benchmarks/core.py [--dir DIR] [--size gpt2] [--rounds N]``. The alternatives take turns with promptdb,
+Run: ``python benchmarks/core.py [--dir DIR] [--size gpt2] [--rounds N] [--runs N]``. The alternatives take turns with promptdb,
 round by round, so that a machine that speeds up or slows down does so for both. Results are checked before they are
 timed. DIR should be on the disk that a store would be on.
 """
@@ -12,13 +12,13 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from common import Row, environment, median, report
+from common import Row, median, report
 from safetensors.torch import load_file, save_file
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedModel
 
 from promptdb import Engine, PromptDB
 from promptdb.demo_models import random_model
@@ -67,22 +67,29 @@ def main() -> None:
     parser.add_argument("--dir", type=Path, default=None)
     parser.add_argument("--size", default="gpt2")
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--no-report", action="store_true")
+    parser.add_argument("--runs", type=int, default=3, help="whole runs; medians of their figures are reported")
     options = parser.parse_args()
-    directory = Path(tempfile.mkdtemp(dir=options.dir or Path.cwd(), prefix=".bench-"))
-    try:
-        rows = run(directory, options.size, options.rounds)
-    finally:
-        shutil.rmtree(directory)
-    if options.no_report:
-        for each in rows:
-            print(each)
-    else:
-        report("core", rows, environment())
+    model = random_model(size=options.size)
+    runs = []
+    for _ in range(options.runs):
+        directory = Path(tempfile.mkdtemp(dir=options.dir or Path.cwd(), prefix=".bench-"))
+        try:
+            runs.append(run(directory, model, options.rounds))
+        finally:
+            shutil.rmtree(directory)
+    report("core", [combine(rows) for rows in zip(*runs, strict=True)], size=options.size, runs=options.runs)
 
 
-def run(directory: Path, size: str, rounds: int) -> list[Row]:
-    model, tokenizer = random_model(size=size), byte_tokenizer()
+def combine(rows: Sequence[Row]) -> Row:
+    """Return the row of medians of several runs, and the ratio of each run."""
+    figures = {
+        name: round(median([each[name] for each in rows]), 3) for name in ("promptdb_ms", "alternative_ms", "ratio")
+    }
+    return {**rows[0], **figures, "ratios": " ".join(f"{each['ratio']:.3g}" for each in rows)}
+
+
+def run(directory: Path, model: PreTrainedModel, rounds: int) -> list[Row]:
+    tokenizer = byte_tokenizer()
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(5, 500, (STORED + NEW,), generator=generator)
     stored, longer = ids[:STORED].tolist(), ids.tolist()

@@ -12,7 +12,7 @@ import pytest
 
 pytest.register_assert_rewrite("promptdb.testing")
 
-from promptdb import PromptDB
+from promptdb import PromptDB  # noqa: E402
 
 # Compared with a single pass, exactly (to 1e-5 in float32).
 SUPPORTED = (
