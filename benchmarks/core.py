@@ -1,8 +1,8 @@
 """Storing and fetching 1,000 tokens of a GPT-2 (124M): each figure against a named alternative in the same run.
 
-Run: ``python benchmarks/core.py [--dir DIR] [--size gpt2] [--rounds N] [--runs N]``. The alternatives take turns with promptdb,
-round by round, so that a machine that speeds up or slows down does so for both. Results are checked before they are
-timed. DIR should be on the disk that a store would be on.
+Run: ``python benchmarks/core.py [--dir DIR] [--size gpt2] [--rounds N] [--runs N]``. The alternatives take turns with
+promptdb, round by round, so that a machine that speeds up or slows down does so for both. Results are checked before
+they are timed. DIR should be on the disk that a store would be on.
 """
 
 from __future__ import annotations
@@ -168,7 +168,7 @@ def hits(engine: Engine, ids: torch.Tensor, stored: list[int], rounds: int) -> l
             return logits[-1]
 
     def hit_with_cache() -> object:
-        engine._recent = None
+        engine._extender.held = None
         return engine.get(stored).past_key_values()
 
     representation = engine.get(stored)
@@ -241,10 +241,10 @@ def putting(directory: Path, engine: Engine, stored: list[int], rounds: int) -> 
         def store(self, *arguments: object, **keywords: object) -> None:
             captured.append((arguments, keywords))
 
-    engine._storer, kept = Capture(engine.db, write_behind=False), engine._storer
+    engine._extender.storer, kept = Capture(engine.db, write_behind=False), engine._extender.storer
     changed = [stored[0] + 1, *stored[1:]]
     engine.get(changed)
-    engine._storer = kept
+    engine._extender.storer = kept
     (arguments, keywords) = captured[0]
     with PromptDB(directory / "puts.promptdb", map_bytes=1 << 34) as db:
         storer = Storer(db, write_behind=False)

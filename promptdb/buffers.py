@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import os
 import threading
 import weakref
 from collections import deque
@@ -55,10 +56,18 @@ class BufferPool:
                 # A buffer far larger than asked for is left to those who need it.
                 if size_bytes <= len(memory) <= 4 * size_bytes + _PAGE_BYTES:
                     return self._idle.pop(position)
-        memory = mmap.mmap(-1, -(-size_bytes // _PAGE_BYTES) * _PAGE_BYTES)
+        length = -(-size_bytes // _PAGE_BYTES) * _PAGE_BYTES
+        # Private: mmap's default would share the memory, and so every cache in it, with forked children.
+        private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
+        memory = mmap.mmap(-1, length, **private)
         if hasattr(mmap, "MADV_HUGEPAGE"):
             memory.madvise(mmap.MADV_HUGEPAGE)
         return memory
+
+    def after_fork(self) -> None:
+        """Start anew in a forked child: another thread may have held the lock, or been moving buffers."""
+        self._lock = threading.Lock()
+        self._idle, self._returned = [], deque()
 
     def idle_bytes(self) -> int:
         """Return how much memory waits for its next use."""
@@ -67,3 +76,5 @@ class BufferPool:
 
 
 POOL = BufferPool()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=POOL.after_fork)

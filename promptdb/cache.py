@@ -68,6 +68,7 @@ class PromptLayer(DynamicLayer):  # type: ignore[misc]
         super().__init__()
         self._capacity = capacity
         self._buffers: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._num_written = 0
 
     def fill(self, keys: torch.Tensor, values: torch.Tensor, num_tokens: int) -> None:
         """Take over buffers whose first ``num_tokens`` tokens are filled."""
@@ -75,6 +76,7 @@ class PromptLayer(DynamicLayer):  # type: ignore[misc]
         self._buffers = (keys, values)
         self._capacity = keys.shape[-2]
         self.keys, self.values = keys[:, :, :num_tokens], values[:, :, :num_tokens]
+        self._num_written = num_tokens
         self.is_initialized = True
 
     def _owns(self) -> bool:
@@ -123,11 +125,13 @@ class PromptLayer(DynamicLayer):  # type: ignore[misc]
             self._buffers = None
             return super().update(key_states, value_states, *args, **kwargs)  # type: ignore[no-any-return]
         assert self._buffers is not None
-        if past + new > self._buffers[0].shape[-2]:
+        # After a crop somebody may still look at the tokens that were cut off: they are not written over.
+        if past < self._num_written or past + new > self._buffers[0].shape[-2]:
             self._grow(past + new)
         for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
             buffer[:, :, past : past + new].copy_(states)
         self.keys, self.values = (buffer[:, :, : past + new] for buffer in self._buffers)
+        self._num_written = past + new
         return self.keys, self.values
 
     def _grow(self, needed: int) -> None:

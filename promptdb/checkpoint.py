@@ -166,3 +166,21 @@ def describe(directory: Path) -> dict[str, Any]:
 def tokenizer_files_present(directory: Path) -> bool:
     """Whether a tokenizer lies beside the model: any of the files that transformers loads one from."""
     return any((Path(directory) / name).is_file() for name in _TOKENIZER_FILES)
+
+
+def adapter_base(directory: Path) -> Path | None:
+    """Return the directory of the model that an adapter checkpoint adapts, or None if it is no adapter.
+
+    Raises
+    ------
+    ModelNotFoundError
+        The adapter's configuration cannot be read, or its model is not on this machine.
+    """
+    path = directory / "adapter_config.json"
+    if not path.is_file():
+        return None
+    try:
+        base = json.loads(path.read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelNotFoundError(f"{path} cannot be read: {error!r}", "save the adapter again") from error
+    return resolve(str(base))

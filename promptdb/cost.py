@@ -10,6 +10,8 @@ _WEIGHT = 0.3
 # Measurements of less than this say more about call overhead than about rates.
 _FEWEST_TOKENS = 32
 _FEWEST_BYTES = 1 << 20
+_FEWEST_LOADS = 3
+_RETRY_EVERY = 20
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,7 @@ class CostModel:
             if isinstance(value, (int, float)) and value > 0:
                 self.rates[name] = float(value)
         self.measured: dict[str, float] = {}
+        self._num_loads = self._num_skipped = 0
 
     def computed(self, num_tokens: int, seconds: float) -> None:
         """Note a computation."""
@@ -51,6 +54,7 @@ class CostModel:
 
     def loaded(self, size_bytes: int, seconds: float) -> None:
         """Note a load."""
+        self._num_loads += 1
         if size_bytes >= _FEWEST_BYTES:
             self._fold("load_bytes_per_s", size_bytes / max(seconds, 1e-9))
 
@@ -64,6 +68,17 @@ class CostModel:
             before = self.rates.get(name)
             self.rates[name] = rate if before is None else (1 - _WEIGHT) * before + _WEIGHT * rate
             self.measured[name] = self.rates[name]
+
+    def should_load(self, num_tokens: int) -> bool:
+        """Return whether to load ``num_tokens`` that are stored rather than compute them.
+
+        One slow load (a cold disk, a busy one) must not end loading for good: a verdict against it takes several loads
+        by this process, and is put to the test again from time to time.
+        """
+        if self.estimate(num_tokens).load_wins:
+            return True
+        self._num_skipped += 1
+        return self._num_loads < _FEWEST_LOADS or self._num_skipped % _RETRY_EVERY == 0
 
     def estimate(self, num_tokens: int) -> Estimate:
         """Return what loading or computing ``num_tokens`` would take."""

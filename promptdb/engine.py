@@ -2,37 +2,34 @@
 
 from __future__ import annotations
 
-import logging
+import math
 import os
 import threading
+from importlib.metadata import version
 from time import perf_counter
 from types import TracebackType
 from typing import Any
 
 import torch
 
-from promptdb.cache import PromptCache, bytes_per_token, layout_of
+from promptdb.ambient import plain_torch
+from promptdb.cache import PromptCache
 from promptdb.cost import CostModel
 from promptdb.db import PromptDB
-from promptdb.errors import CorruptDataError, InputTypeError, NonFiniteError, StoreError, UnsupportedModelError
+from promptdb.errors import InputTypeError, ModelError, StoreError, UnsupportedModelError
 from promptdb.explain import Explanation, explain
-from promptdb.format import Layout
-from promptdb.keys import Root, unpack_tokens
-from promptdb.loader import Loader
+from promptdb.extender import Extender, Fetch
+from promptdb.keys import Root
 from promptdb.representation import Representation
-from promptdb.runner import Runner, token_logprobs
+from promptdb.runner import Runner
 from promptdb.snapshot import Match
-from promptdb.storer import Storer
 from promptdb.tokenizer_identity import tokenizer_id
 from promptdb.tokens import Encoder, Prompt, as_prompt
-from promptdb.trie import cut
 from promptdb.version import __version__
 from promptdb.watch import ModelWatch
 
-logger = logging.getLogger("promptdb")
-
-# Room that a loaded cache has beyond its tokens, so that the first tokens appended do not move it.
-_SPARE_TOKENS = 64
+# A span may vanish, or the model change, between lookup and use; who loses so often has another problem.
+_ATTEMPTS = 3
 
 
 class Engine:
@@ -86,16 +83,10 @@ class Engine:
         self.strict = strict
         self.encoder = Encoder(tokenizer)
         self.tokenizer_id = tokenizer_id(tokenizer)
-        self.cost = CostModel()
-        self._runner = Runner(model)
+        self._extender = Extender(db, Runner(model), strict=strict, write_behind=write_behind)
         self._watch = ModelWatch(model, known_weights_id)
         self._root: Root | None = None
-        self._layout: Layout = ()
         self._lock = threading.RLock()
-        self._loader = Loader(db, lambda: self._runner.device)
-        self._storer = Storer(db, write_behind=write_behind)
-        # The cache of the last computation: its representation is likely to be asked for it next.
-        self._recent: tuple[Root, bytes, PromptCache] | None = None
         self._closed = False
         self.root  # noqa: B018 - identify, and register, before anything is computed
 
@@ -144,8 +135,7 @@ class Engine:
         root = self._root
         if root is None or root.weights_id != weights_id:
             if root is not None:
-                self._runner = Runner(self.model)
-                self._layout = ()
+                self._extender.replace_runner(Runner(self.model))
             root = Root(weights_id, self.tokenizer_id, self.namespace)
             self._register(root)
             self._root = root
@@ -154,28 +144,33 @@ class Engine:
     @property
     def device(self) -> torch.device:
         """Where the model's weights are."""
-        return self._runner.device
+        return self._extender.runner.device
 
     @property
     def max_tokens(self) -> int | None:
         """Longest prompt that the model computes exactly, in tokens, or None."""
-        return self._runner.max_tokens
+        return self._extender.runner.max_tokens
 
     def _register(self, root: Root) -> None:
-        registry = self.db.registry
-        known = registry.model(root.weights_id)
-        self.cost = CostModel(known)
-        if self._runner.needs_probe and not (known or {}).get("probe_passed"):
-            difference = self._runner.probe()
-            if not difference <= self._runner.probe_tolerance():
+        registry, runner = self.db.registry, self._extender.runner
+        known = registry.model(root.weights_id) or {}
+        self._extender.cost = CostModel(known)
+        # What was found exact by other versions is tried again.
+        probe = f"promptdb {__version__}, transformers {version('transformers')}, torch {version('torch')}"
+        if known.get("probed_with") != probe:
+            with plain_torch(self.device):
+                difference = runner.probe()
+            if difference > runner.probe_tolerance():
                 raise UnsupportedModelError(
-                    f"{self._runner.model_type} models are not supported: extending a prefix changes the logits by "
+                    f"{runner.model_type} models are not supported: extending a prefix changes the logits by "
                     f"{difference:.1e} of the largest",
-                    "the architecture's cache or mask depends on more than the tokens before",
+                    "its positions, mask or cache are not those of an ordinary decoder",
                 )
+            if math.isnan(difference):
+                probe = ""  # nothing can be told of a model whose logits are not finite; nor will they be stored
         if self.db.readonly:
             return
-        registry.add_model(root.weights_id, {**self._describe(), "probe_passed": True})
+        registry.add_model(root.weights_id, {**self._describe(), "probed_with": probe})
         registry.add_tokenizer(
             root.tokenizer_id, {**self.encoder.registry_fields(), "name": type(self.tokenizer).__name__}
         )
@@ -188,7 +183,7 @@ class Engine:
             "num_layers": int(getattr(config.get_text_config(), "num_hidden_layers", 0) or 0),
             "num_parameters": sum(parameter.numel() for parameter in self.model.parameters()),
             "dtype": str(self.model.dtype).removeprefix("torch."),
-            "max_tokens": self._runner.max_tokens or 0,
+            "max_tokens": self._extender.runner.max_tokens or 0,
         }
 
     def tokenize(self, prompt: Any) -> Prompt:
@@ -204,44 +199,23 @@ class Engine:
 
     def lookup(self, prompt: Any) -> Match:
         """Find what is stored of a prompt. Never computes, never writes. See :meth:`PromptDB.lookup`."""
-        return self._lookup(self.root, self.tokenize(prompt).packed)
+        self._check_open()
+        return self._stored(self.tokenize(prompt).packed)
+
+    def _stored(self, packed: bytes) -> Match:
+        """Look up what is in the store, whatever is held in memory."""
+        held, self._extender.held = self._extender.held, None
+        try:
+            return self._extender.match(self.root, packed)
+        finally:
+            self._extender.held = held
 
     def explain(self, prompt: Any) -> Explanation:
         """Return why a prompt is stored or not, where it parts from the nearest one, and what loading would cost."""
+        self._check_open()
         packed = self.tokenize(prompt).packed
-        self._lookup(self.root, packed)  # waits for what is being written of it
-        return explain(self.db, self.root, packed, self.cost)
-
-    def _lookup(self, root: Root, packed: bytes) -> Match:
-        match = self._match(root, packed)
-        waited = not match.is_complete and self._storer.queue.wait_for(
-            root, packed, match.num_tokens, has_logits=match.has_logits
-        )
-        if waited:
-            match = self._match(root, packed)
-        return self._strictly(match) if self.strict else match
-
-    def _match(self, root: Root, packed: bytes) -> Match:
-        try:
-            with self.db.read() as snapshot:
-                return snapshot.match(root, packed)
-        except CorruptDataError as error:
-            # Only the whole store can be put right, which is not a lookup's business.
-            logger.warning("the index is damaged, so nothing is found and nothing stored: %s", error)
-            return Match(root, packed, (), 0, has_logits=False, is_damaged=True)
-
-    def _strictly(self, match: Match) -> Match:
-        here = self._runner.provenance()
-        with self.db.read() as snapshot:
-            for number, step in enumerate(match.steps):
-                try:
-                    record = snapshot.record(step.node)
-                except CorruptDataError:
-                    record = None
-                same = record is not None and record.provenance.get("past_tokens") == 0
-                if record is None or not same or any(record.provenance.get(name) != here[name] for name in here):
-                    return Match(match.root, match.packed, match.steps[:number], step.start, has_logits=False)
-        return match
+        self._stored(packed)  # waits for what is being written of it
+        return explain(self.db, self.root, packed, self._extender.cost)
 
     def get(self, prompt: Any, *, logits: str = "last", store: bool = True) -> Representation:
         """Return the representation of a prompt: loaded as far as it is stored, computed from there, and stored.
@@ -276,162 +250,84 @@ class Engine:
         if logits not in ("last", "all"):
             raise InputTypeError(f"logits is {logits!r}", 'choose "last" or "all"')
         began = perf_counter()
-        asked = self.tokenize(prompt)
-        self._storer.queue.raise_failures()
-        root = self.root
-        if logits == "last":
-            match = self._lookup(root, asked.packed)
-            found = self._hit(match, began) if match.is_complete else None
-            if found is not None:
-                return found
-        with self._lock:
-            # Another thread may have computed it while this one waited.
-            match = self._lookup(root, asked.packed)
-            if match.is_complete and logits == "last":
-                found = self._hit(match, began)
+        self._check_open()
+        with plain_torch(self.device):
+            asked = self.tokenize(prompt)
+            self._extender.storer.queue.raise_failures()
+            root = self.root
+            self._extender.runner.check_state()
+            if logits == "last":
+                found = self._hit(root, asked, began, store=store)
                 if found is not None:
                     return found
-                match = self._lookup(root, asked.packed)
-            return self._extend(root, asked, match, keep_all=logits == "all", store=store, began=began)
+            with self._lock:
+                return self._compute(asked, began, keep_all=logits == "all", store=store)
+
+    def _hit(self, root: Root, asked: Prompt, began: float, *, store: bool) -> Representation | None:
+        match = self._extender.match(root, asked.packed)
+        return self._extender.hit(match, self._fetcher(root, asked, store=store), began)
+
+    def _compute(self, asked: Prompt, began: float, *, keep_all: bool, store: bool) -> Representation:
+        """Compute what is missing. Holds the lock; another thread may have computed it while this one waited."""
+        for attempt in range(_ATTEMPTS):
+            root = self.root
+            if not keep_all:
+                found = self._hit(root, asked, began, store=store)
+                if found is not None:
+                    return found
+            match = self._extender.match(root, asked.packed)
+            if attempt == _ATTEMPTS - 1:  # whatever is wrong with what is stored: do without
+                match = Match(root, asked.packed, (), 0, has_logits=False, is_damaged=True)
+            extended = self._extender.extend(
+                asked,
+                match,
+                self._fetcher(root, asked, store=store),
+                keep_all=keep_all,
+                store=store,
+                began=began,
+                still_valid=lambda expected=root: self._watch.weights_id == expected.weights_id,  # type: ignore[misc]
+            )
+            if extended is not None:
+                return extended
+        raise ModelError("the model's weights change while they are used", "change them between calls")
+
+    def _fetcher(self, root: Root, asked: Prompt, *, store: bool) -> Fetch:
+        return lambda num_tokens: self._fetch(root, asked, num_tokens, store=store)
+
+    def _fetch(self, root: Root, asked: Prompt, num_tokens: int | None, *, store: bool) -> PromptCache:
+        total = asked.num_tokens
+        wanted = total if num_tokens is None else num_tokens
+        if type(wanted) is not int or not 0 <= wanted <= total:
+            raise InputTypeError(f"num_tokens is {num_tokens!r}", f"the prompt has {total} tokens")
+        self._check_open()
+        with plain_torch(self.device):
+            cache = self._extender.cache_of(self._extender.match(root, asked.packed), wanted)
+            if cache is not None:
+                return cache
+            with self._lock:
+                for _ in range(_ATTEMPTS):
+                    if root != self.root:
+                        raise StoreError("these keys and values are not stored any more, and the model has changed")
+                    match = self._extender.match(root, asked.packed)
+                    cache = self._extender.cache_of(match, wanted)
+                    if cache is not None:
+                        return cache
+                    self._extender.extend(
+                        asked,
+                        match,
+                        self._fetcher(root, asked, store=store),
+                        keep_all=False,
+                        store=store,
+                        began=perf_counter(),
+                        still_valid=lambda: self._watch.weights_id == root.weights_id,
+                    )
+        raise StoreError("these keys and values vanish from the store as fast as they are computed")
 
     def put(self, prompt: Any) -> Representation:
         """Make sure that a prompt is stored, durably, and return its representation. See :meth:`get`."""
         representation = self.get(prompt)
         self.flush()
         return representation
-
-    # Computing
-
-    def _extend(
-        self,
-        root: Root,
-        asked: Prompt,
-        match: Match,
-        *,
-        keep_all: bool,
-        store: bool,
-        began: float,
-        retry: bool = True,
-    ) -> Representation:
-        runner = self._runner
-        runner.check_state()
-        total = asked.num_tokens
-        token_ids = torch.tensor(unpack_tokens(asked.packed), dtype=torch.int64)
-        runner.check_prompt(token_ids)
-        looked_up = perf_counter()
-        # The log-probability of the first computed token needs the logits after the token before it. Where those are
-        # not stored, and where a full hit lacks its last logits, one token is computed again.
-        before = self._loader.logits(match) if match.num_tokens < total else None
-        start = match.num_tokens if before is not None else max(0, match.num_tokens - 1)
-        if keep_all or not self.cost.estimate(start).load_wins:
-            start = 0
-        cache = PromptCache(total + _SPARE_TOKENS)
-        if self._layout:  # known from the last computation: one tensor per group of layers instead of two per layer
-            cache = PromptCache.of_layout(self._layout, 0, total + _SPARE_TOKENS, runner.device)
-        logprobs = torch.full((total,), float("nan"))
-        if start:
-            loaded = self._loader.prefix(match, start, total + _SPARE_TOKENS, self.cost)
-            if loaded is None:  # gone between lookup and load, or damaged: a miss
-                match = (
-                    self._lookup(root, asked.packed) if retry else Match(root, asked.packed, (), 0, has_logits=False)
-                )
-                return self._extend(root, asked, match, keep_all=keep_all, store=store, began=began, retry=False)
-            cache = loaded[0]
-            logprobs[: match.num_tokens] = loaded[1]
-            if before is not None:
-                logprobs[match.num_tokens] = token_logprobs(before[None], token_ids[match.num_tokens, None])[0]
-        load_s = perf_counter() - looked_up
-
-        computing = perf_counter()
-        spans = cut(match.num_tokens, total, asked.boundaries, self.db.chunk_tokens) if match.num_tokens < total else []
-        # Logits at the ends of spans, and where this prompt parts from a stored one: the next branch starts there.
-        wanted = {end - 1 for _, end in spans} | {total - 1, match.num_tokens - 1}
-        result = runner.extend(token_ids, cache, start, {at for at in wanted if at >= start}, keep_all=keep_all)
-        logprobs[start + 1 :] = result.logprobs
-        if torch.isnan(logprobs[1:]).any():
-            raise NonFiniteError(
-                "the log-probabilities hold NaN; nothing was stored", "check the model's weights and dtype"
-            )
-        compute_s = perf_counter() - computing
-        self.cost.computed(total - start, compute_s)
-
-        storing = perf_counter()
-        self._layout = layout = layout_of(cache)
-        if store and not self.db.readonly and not match.is_damaged:
-            self.cost.sized(bytes_per_token(layout))
-            self._storer.store(
-                root,
-                asked.packed,
-                spans,
-                cache,
-                logprobs,
-                result.logits,
-                compute_s_per_token=compute_s / (total - start),
-                provenance={
-                    "promptdb": __version__,
-                    **runner.provenance(),
-                    "past_tokens": start,
-                    "pass_tokens": total - start,
-                },
-            )
-        self._recent = (root, asked.packed, cache)
-        return Representation(
-            token_ids=tuple(unpack_tokens(asked.packed)),
-            logits=result.logits[total - 1] if result.all_logits is None else result.all_logits,
-            token_logprobs=logprobs[1:],
-            tokens_loaded=start,
-            tokens_computed=total - start,
-            lookup_s=looked_up - began,
-            load_s=load_s,
-            compute_s=compute_s,
-            store_s=perf_counter() - storing,
-            _fetch=lambda num_tokens: self._fetch(root, asked.packed, num_tokens),
-        )
-
-    def _hit(self, match: Match, began: float) -> Representation | None:
-        """Return the representation of a full hit, or None if it is gone or damaged."""
-        looked_up = perf_counter()
-        found = self._loader.complete(match)
-        if found is None:
-            return None
-        return Representation(
-            token_ids=tuple(unpack_tokens(match.packed)),
-            logits=found[0],
-            token_logprobs=found[1][1:],
-            tokens_loaded=match.num_tokens,
-            tokens_computed=0,
-            lookup_s=looked_up - began,
-            load_s=perf_counter() - looked_up,
-            _fetch=lambda num_tokens: self._fetch(match.root, match.packed, num_tokens),
-        )
-
-    def _fetch(self, root: Root, packed: bytes, num_tokens: int | None, spare: int = _SPARE_TOKENS) -> PromptCache:
-        total = len(packed) // 4
-        wanted = total if num_tokens is None else num_tokens
-        if not 0 <= wanted <= total:
-            raise InputTypeError(f"num_tokens is {num_tokens}; the prompt has {total}")
-        if wanted == 0:
-            return PromptCache(spare)
-        recent = self._recent
-        if recent is not None and recent[0] == root and recent[1] == packed:
-            with self._lock:
-                return recent[2].copy(wanted, wanted + spare)
-        for _ in range(3):
-            match = self._lookup(root, packed)
-            if match.num_tokens >= wanted:
-                loaded = self._loader.prefix(match, wanted, wanted + spare, self.cost)
-                if loaded is not None:
-                    return loaded[0]
-            if root != self.root:
-                raise StoreError("these keys and values are no longer stored, and the model has changed since")
-            with self._lock:
-                self._extend(
-                    root, Prompt(packed), self._lookup(root, packed), keep_all=False, store=True, began=perf_counter()
-                )
-                recent = self._recent
-                if recent is not None and recent[0] == root and recent[1] == packed:
-                    return recent[2].copy(wanted, wanted + spare)
-        raise StoreError("these keys and values vanish from the store as fast as they are computed")
 
     def generate(self, prompt: Any, **hf_kwargs: Any) -> Any:
         """Return what ``model.generate`` returns for a prompt, starting from its stored prefix.
@@ -464,21 +360,35 @@ class Engine:
         WriteBehindError
             A background write failed.
         """
-        self._storer.queue.flush()
-        measured, self.cost.measured = self.cost.measured, {}
+        self._extender.storer.queue.flush()
+        cost = self._extender.cost
+        measured, cost.measured = cost.measured, {}
         if measured and not self.db.readonly and self._root is not None:
             self.db.registry.update_rates(self._root.weights_id, **measured)
+
+    def invalidate(self) -> None:
+        """Hash all weights again at the next call.
+
+        Only needed after an edit that :class:`promptdb.watch.ModelWatch` cannot see: one through ``.data``, numpy or C
+        code that touches few elements of a tensor.
+        """
+        self._watch.invalidate()
 
     def close(self) -> None:
         """Flush and stop the writer. The store stays open: it belongs to whoever opened it."""
         if self._closed:
             return
         self._closed = True
-        self._recent = None
         try:
             self.flush()
         finally:
-            self._storer.queue.close()
+            self._extender.storer.queue.close()
+            self._extender.held = None
+            self._watch.invalidate()  # lets go of the model's tensors
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise StoreError("the engine is closed", "create another one")
 
     def __enter__(self) -> Engine:
         return self

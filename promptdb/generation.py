@@ -14,7 +14,11 @@ if TYPE_CHECKING:
 
 _OURS = ("inputs", "input_ids", "inputs_embeds", "attention_mask", "past_key_values", "position_ids")
 # With these, generate brings a cache of its own, or reads the prompt in another way.
-_UNTOUCHED = ("assistant_model", "prompt_lookup_num_tokens", "cache_implementation", "custom_generate", "dola_layers")
+_UNTOUCHED = (
+    *("assistant_model", "prompt_lookup_num_tokens", "cache_implementation", "custom_generate", "dola_layers"),
+    # These return something for every token of the prompt, so that all of them have to go through the model.
+    *("output_hidden_states", "output_attentions"),
+)
 
 
 def generate(engine: Engine, prompt: Any, hf_kwargs: dict[str, Any]) -> Any:
@@ -37,7 +41,8 @@ def generate(engine: Engine, prompt: Any, hf_kwargs: dict[str, Any]) -> Any:
         # generate tells a full prompt from a suffix by the length of the mask.
         "attention_mask": torch.ones_like(input_ids),
     }
-    if option("use_cache", True) and not any(option(name, None) for name in _UNTOUCHED):
+    is_plain = not torch.is_autocast_enabled(engine.device.type)  # a stored prefix was computed without
+    if is_plain and option("use_cache", True) and not any(option(name, None) for name in _UNTOUCHED):
         # One token is left to compute: generate needs its logits from a forward pass of its own.
         cache = representation.past_key_values(representation.num_tokens - 1)
         copies = max(option("num_beams", 1), option("num_return_sequences", 1))

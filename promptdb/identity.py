@@ -207,9 +207,8 @@ class Walk:
         """Whether ``_value`` can hash ``value`` itself (not asked of what it contains)."""
         plain = (bool, int, float, complex, str, bytes, type(None), list, tuple, dict, set, frozenset, enum.Enum)
         torch = self._torch
-        return isinstance(value, (*plain, torch.Tensor, torch.dtype, torch.device, types.FunctionType)) or hasattr(
-            value, "to_dict"
-        )
+        known = (*plain, torch.Tensor, torch.dtype, torch.device, types.FunctionType, types.MethodType)
+        return isinstance(value, known) or hasattr(value, "to_dict")
 
     def _value(self, where: str, tag: str, value: Any) -> None:
         """Feed any value: the number of items goes before the items, so that nesting is unambiguous."""
@@ -258,6 +257,9 @@ class Walk:
             field(tag, f"type {class_id(value)}")
         elif callable(getattr(value, "to_dict", None)):
             field(tag, "config").field("content", self._config(where, value))
+        elif isinstance(value, types.MethodType) and isinstance(value.__self__, torch.nn.Module):
+            # peft keeps some of the model's own methods under other names.
+            field(tag, "method").field("code", code_id(where, value.__func__))
         elif isinstance(value, (types.FunctionType, types.BuiltinFunctionType)):
             field(tag, "function").field("code", code_id(where, value))
             for part in ("__defaults__", "__kwdefaults__"):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from contextlib import suppress
 from time import perf_counter
 from typing import TYPE_CHECKING
@@ -24,19 +23,12 @@ logger = logging.getLogger("promptdb")
 
 
 class Loader:
-    """Reads matches of one store to one device. Thread safe.
+    """Reads matches of one store. Thread safe."""
 
-    Parameters
-    ----------
-    db : the store.
-    device : returns where tensors should go.
-    """
-
-    def __init__(self, db: PromptDB, device: Callable[[], torch.device]) -> None:
+    def __init__(self, db: PromptDB) -> None:
         self._db = db
-        self._device = device
 
-    def complete(self, match: Match) -> tuple[torch.Tensor, torch.Tensor] | None:
+    def complete(self, match: Match, device: torch.device) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Return what a full hit needs: last logits ``[vocabulary]`` and log-probabilities ``[n]`` (NaN first).
 
         Neither keys nor values are read. None if something is gone or damaged.
@@ -48,7 +40,7 @@ class Loader:
                 view = snapshot.logits(end)
                 if logprobs is None or view is None:
                     return None
-                return tensor_of(view).to(self._device(), copy=True), logprobs
+                return tensor_of(view).to(device, copy=True), logprobs
         except CorruptDataError as error:
             self._heal(match, error)
             return None
@@ -67,7 +59,7 @@ class Loader:
             return None
 
     def prefix(
-        self, match: Match, num_tokens: int, capacity: int, cost: CostModel
+        self, match: Match, num_tokens: int, capacity: int, device: torch.device, cost: CostModel
     ) -> tuple[PromptCache, torch.Tensor] | None:
         """Return a cache with the first ``num_tokens`` tokens of a match, and the log-probabilities of all its tokens.
 
@@ -77,7 +69,7 @@ class Loader:
         try:
             with self._db.read() as snapshot:
                 logprobs = load_logprobs(snapshot, match, match.num_tokens)
-                loaded = load_cache(snapshot, match, num_tokens, capacity, self._device())
+                loaded = load_cache(snapshot, match, num_tokens, capacity, device)
         except CorruptDataError as error:
             self._heal(match, error)
             return None

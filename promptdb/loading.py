@@ -8,7 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from promptdb.checkpoint import file_key, resolve, tokenizer_files_present
+from promptdb.checkpoint import adapter_base, file_key, resolve, tokenizer_files_present
 from promptdb.errors import InputTypeError, ModelError, ModelNotFoundError
 
 if TYPE_CHECKING:
@@ -18,8 +18,18 @@ if TYPE_CHECKING:
 
 
 def checkpoint_key(directory: Path, dtype: str = "auto") -> bytes:
-    """Return the digest under which a store remembers the IDs of a checkpoint that is loaded as ``dtype``."""
-    return file_key(directory, dtype=dtype, transformers=version("transformers"), torch=version("torch"))
+    """Return the digest under which a store remembers the IDs of a checkpoint that is loaded as ``dtype``.
+
+    Raises
+    ------
+    ModelNotFoundError
+        It is an adapter, and the model that it adapts is not on this machine.
+    """
+    options = {"dtype": dtype, "transformers": version("transformers"), "torch": version("torch")}
+    base = adapter_base(directory)
+    if base is not None:  # an adapter's files say little without those of the model that it adapts
+        options["adapter_base"] = file_key(base).hex()
+    return file_key(directory, **options)
 
 
 @dataclass(frozen=True)
@@ -74,14 +84,25 @@ def load_checkpoint(
         raise ModelNotFoundError(
             f"there is no tokenizer in {directory}", "save it there: tokenizer.save_pretrained(directory)"
         )
+    # Files that are replaced while they are loaded must not lend their identity to what was loaded.
+    before = _key_or_none(directory, name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory or source)
-        model = AutoModelForCausalLM.from_pretrained(directory or source, dtype=chosen)
+        model, report = AutoModelForCausalLM.from_pretrained(
+            directory or source, dtype=chosen, output_loading_info=True
+        )
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         kind = ModelNotFoundError if isinstance(error, OSError) else ModelError
         raise kind(
             f"transformers cannot load {source}: {str(error).splitlines()[0]}", "check the path or hub ID"
         ) from error
+    for problem in ("missing_keys", "mismatched_keys"):
+        if report.get(problem):
+            names = sorted(str(key) for key in report[problem])
+            raise ModelError(
+                f"{source} lacks {len(names)} weights, which transformers would draw at random: {', '.join(names[:3])}",
+                "a base model without its language-model head cannot be used; choose the causal language model",
+            )
     target = (
         torch.device(device) if device is not None else torch.device("cuda" if torch.cuda.is_available() else "cpu")
     )
@@ -91,9 +112,19 @@ def load_checkpoint(
             directory = resolve(source)
         except ModelNotFoundError:
             return LoadedCheckpoint(model, tokenizer, None, None, None)
-    key = checkpoint_key(directory, name)
+    key = _key_or_none(directory, name)
+    if key is None or before not in (None, key):
+        return LoadedCheckpoint(model, tokenizer, directory, None, None)
     known = db.registry.checkpoint(key) or {}
-    return LoadedCheckpoint(model, tokenizer, directory, key, known.get("weights_id"))
+    # The ID is believed only if these very files were there before they were read.
+    return LoadedCheckpoint(model, tokenizer, directory, key, known.get("weights_id") if before else None)
+
+
+def _key_or_none(directory: Path | None, dtype: str) -> bytes | None:
+    try:
+        return None if directory is None else checkpoint_key(directory, dtype)
+    except ModelNotFoundError:
+        return None  # an adapter whose model is elsewhere: nothing is remembered
 
 
 def _may_be_on_hub(name: str) -> bool:

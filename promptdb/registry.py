@@ -55,9 +55,11 @@ class Registry:
         return {key.hex(): fields for key, fields in self._all(MODELS)}
 
     def add_model(self, weights_id: str, description: Mapping[str, Any]) -> None:
-        """Enter a model unless it is known already."""
-        if self.model(weights_id) is None:
-            self._put(MODELS, bytes.fromhex(weights_id), {**description, "first_seen_unix_s": time.time()})
+        """Enter a model, or what has changed of its description. Rates and the date of the first time stay."""
+        known = self.model(weights_id)
+        merged = {"first_seen_unix_s": time.time(), **(known or {}), **description}
+        if merged != known:
+            self._put(MODELS, bytes.fromhex(weights_id), merged)
 
     def update_rates(self, weights_id: str, **rates: float) -> None:
         """Fold rates (``compute_tokens_per_s``, ``load_bytes_per_s``, ``kv_bytes_per_token``) into a model's."""

@@ -6,13 +6,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from promptdb.errors import StoreError
+
 if TYPE_CHECKING:
     import torch
 
     from promptdb.cache import PromptCache
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Representation:
     """A model's representation of a prompt of n tokens.
 
@@ -45,6 +47,10 @@ class Representation:
     store_s: float = 0.0
     _fetch: Callable[[int | None], PromptCache] = field(default=None, repr=False, compare=False)  # type: ignore[assignment]
 
+    def __getstate__(self) -> dict[str, object]:
+        # The engine stays behind: a copy in another process cannot fetch keys and values.
+        return {name: value for name, value in vars(self).items() if name != "_fetch"}
+
     @property
     def num_tokens(self) -> int:
         """Length of the prompt in tokens."""
@@ -73,4 +79,6 @@ class Representation:
         Cost: one copy from the store's memory map (5 to 10 GB/s from the page cache), or of the cache that the engine
         still holds from the last computation. If the spans were removed meanwhile, they are computed again.
         """
+        if "_fetch" not in vars(self):
+            raise StoreError("this representation was pickled, and its engine stayed behind", "ask an engine again")
         return self._fetch(num_tokens)

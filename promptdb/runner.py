@@ -19,15 +19,6 @@ from promptdb.errors import (
     UnsupportedModelError,
 )
 
-# Model types whose extension from a stored prefix is compared with a single pass in the tests, windows included. Others
-# run a probe first, see :meth:`Runner.probe`.
-TESTED_MODEL_TYPES = frozenset(
-    {
-        "gpt2", "opt", "gpt_neox", "llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text", "phi", "falcon",
-        "olmo2", "qwen3_moe", "deepseek_v3", "bloom", "mpt", "gptj",
-    }
-)  # fmt: skip
-
 # Positions computed in one pass. Longer suffixes are cut: logits of a pass take vocabulary x 4 bytes a position.
 MAX_PASS_TOKENS = 2048
 # Rows of logits that are turned into log-probabilities at once: they stay in the cache of the CPU.
@@ -96,9 +87,14 @@ class Runner:
             raise refuse(f"{type(inner).__name__} has no language-model head")
         if "past_key_values" not in self._parameters:
             raise refuse("the forward pass takes no past_key_values")
+        if getattr(config, "is_causal", True) is False or getattr(config, "use_bidirectional_attention", False):
+            raise refuse("its attention is not causal")
+        for adapter in (getattr(self.model, "peft_config", None) or {}).values():
+            if getattr(adapter, "is_prompt_learning", False):
+                raise refuse(f"its {adapter.peft_type} adapter puts tokens of its own before the prompt")
         for layer in DynamicCache(config=config).layers:
             if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
-                raise refuse(f"its cache has {type(layer).__name__}s, whose state is more than keys and values")
+                raise refuse(f"its cache has {type(layer).__name__}s, whose state is not that layer's keys and values")
 
     @property
     def device(self) -> torch.device:
@@ -106,18 +102,10 @@ class Runner:
         device: torch.device = self.model.get_input_embeddings().weight.device
         return device
 
-    @property
-    def needs_probe(self) -> bool:
-        """Whether nobody has compared this model type's extension with a single pass yet."""
-        # Falcon has a variant with ALiBi, which the tests do not cover.
-        return self.model_type not in TESTED_MODEL_TYPES or (
-            self.model_type == "falcon" and bool(getattr(self.model.config, "alibi", False))
-        )
-
     def check_state(self) -> None:
         """Raise if the model is in train mode or spread over several devices. Costs microseconds per module."""
-        for name, module in self.model.named_modules():
-            if module.training:
+        if any(module.training for module in self.model.modules()):
+            for name in (name for name, module in self.model.named_modules() if module.training):
                 raise TrainModeError(
                     f"the model{' part ' + name if name else ''} is in train mode, where dropout makes results random",
                     "call model.eval()",
@@ -213,25 +201,32 @@ class Runner:
             raise UnsupportedModelError(
                 f"{self.model_type} models are not supported: they return a cache of their own",
             )
+        if cache.get_seq_length() != last:
+            raise UnsupportedModelError(
+                f"{self.model_type} models are not supported: {last - first} tokens grew the cache by "
+                f"{cache.get_seq_length() - first}",
+            )
         logits: torch.Tensor = output.logits[0]
         return logits
 
+    @torch.no_grad()
     def probe(self) -> float:
-        """Return the largest difference between the logits of one pass and of the same tokens in three, relative to
-        the largest logit.
+        """Return the largest difference between a plain forward pass and the same tokens in three steps.
+
+        Relative to the largest logit; NaN if the model's logits are not finite. The plain pass is given nothing but the
+        tokens: a position, mask or cache that an architecture reads in another way is silent otherwise.
 
         Notes
         -----
-        Cost: two forward passes of 24 tokens. For architectures that no test covers; a wrong mask or position is silent
-        otherwise.
+        Cost: two forward passes of 24 tokens.
         """
         generator = torch.Generator().manual_seed(0)
         count = min(_PROBE_TOKENS, self.max_tokens or _PROBE_TOKENS)
         token_ids = torch.randint(0, self.vocabulary, (count,), generator=generator)
-        whole = self.extend(token_ids, PromptCache(count), 0, set(), keep_all=True)
-        parts = self.extend(token_ids, PromptCache(count), 0, set(), keep_all=True, pass_tokens=count // 3 + 1)
-        one, other = (torch.as_tensor(result.all_logits).float() for result in (whole, parts))
-        return float((one - other).abs().max() / one.abs().max().clamp_min(1e-30))
+        plain = self.model(input_ids=token_ids[None].to(self.device), use_cache=False).logits[0].float()
+        steps = self.extend(token_ids, PromptCache(count), 0, set(), keep_all=True, pass_tokens=count // 3 + 1)
+        difference = (torch.as_tensor(steps.all_logits).float() - plain).abs().max()
+        return float(difference / plain.abs().max().clamp_min(1e-30))
 
     def probe_tolerance(self) -> float:
         """Return what :meth:`probe` may return for a model that extends exactly: rounding, and no more."""
@@ -257,7 +252,7 @@ def _max_tokens(config: Any) -> int | None:
     """Return how many positions the model computes without leaving its regime, or None if there is no limit."""
     limits = [
         getattr(config, name)
-        for name in ("max_position_embeddings", "n_positions", "max_seq_len")
+        for name in ("max_position_embeddings", "n_positions", "max_seq_len", "max_target_positions")
         if isinstance(getattr(config, name, None), int)
     ]
     parameters = getattr(config, "rope_parameters", None) or {}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from array import array
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
@@ -68,8 +68,13 @@ class Encoder:
             )
             self._backend = copy
         if callable(tokenizer):
-            if self._backend is None or any(
-                self._backend.encode(probe).ids != tokenizer(probe)["input_ids"] for probe in _PROBES
+            kind = type(tokenizer)
+            encoders = (kind.__call__, getattr(kind, "_encode_plus", kind.__call__))
+            is_own = any(not encoder.__module__.startswith("transformers.") for encoder in encoders)
+            if (
+                self._backend is None
+                or is_own
+                or any(self._backend.encode(probe).ids != tokenizer(probe)["input_ids"] for probe in _PROBES)
             ):
                 self._backend, self._call = None, tokenizer
         elif self._backend is None:
@@ -182,10 +187,14 @@ def as_prompt(prompt: Any, encoder: Encoder) -> Prompt:
         return encoder.encode(prompt)
     if hasattr(prompt, "pieces"):
         return encoder.encode(prompt.pieces())
+    if isinstance(prompt, Mapping):
+        raise InputTypeError("a prompt must not be a tokenizer's output", 'pass its ["input_ids"]')
     if hasattr(prompt, "tolist") and not isinstance(prompt, array):  # numpy and torch
-        prompt = prompt.tolist()
-        if len(prompt) == 1 and isinstance(prompt[0], list):
+        if prompt.ndim == 2 and prompt.shape[0] == 1:
             prompt = prompt[0]
+        if prompt.ndim != 1:
+            raise InputTypeError(f"token IDs of shape {list(prompt.shape)}", "pass one prompt: [n] or [1, n]")
+        prompt = prompt.tolist()
     if not isinstance(prompt, (Sequence, array)) or isinstance(prompt, (bytes, bytearray, memoryview)):
         raise InputTypeError(
             f"a prompt must be text, pieces of text or token IDs, not {type(prompt).__name__}",
@@ -195,4 +204,6 @@ def as_prompt(prompt: Any, encoder: Encoder) -> Prompt:
         raise EmptyPromptError("the prompt is empty", "give at least one token")
     if all(isinstance(piece, str) for piece in prompt):
         return encoder.encode(prompt)
+    if any(isinstance(token, bool) for token in prompt):
+        raise InputTypeError("token IDs must be integers, not booleans", "is this an attention mask?")
     return Prompt(pack_tokens(prompt))

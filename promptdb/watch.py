@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import sys
 import threading
 from collections import OrderedDict
 from operator import is_
@@ -95,6 +96,8 @@ class _Snapshot:
         self._filled = [item for item in unique if item]
         self._copies = [type(item)(item) if isinstance(item, (list, set)) else dict(item) for item in self._filled]
         self._classes = [(cls, cls.forward) for cls in walk.classes]
+        self._implementations = _implementations(model)
+        self._attention = _attention_functions(self._implementations)
         # Objects that == would compare by content (tensors, configurations) must be the very same.
         pairs = [
             (item, key)
@@ -124,6 +127,7 @@ class _Snapshot:
             return False
         return (
             same
+            and all(map(is_, self._attention, _attention_functions(self._implementations)))
             and all(cls.forward is forward for cls, forward in self._classes)
             and self._marks == self._tensor_marks()  # before memory is read: nothing was resized or moved
             and self._memory == b"".join(self._runs)
@@ -154,6 +158,24 @@ class _Snapshot:
 
         with torch.inference_mode():
             return [torch.cat(views) for views in self._views]
+
+
+def _implementations(model: torch.nn.Module) -> list[str]:
+    """Names of the attention implementations that a model's configurations choose."""
+    configs = (getattr(module, "config", None) for module in model.modules())
+    names = {getattr(config, "_attn_implementation", None) for config in configs}
+    return sorted(name for name in names if isinstance(name, str))
+
+
+def _attention_functions(names: list[str]) -> list[object]:
+    """What those names stand for now: anybody may register another function under a name."""
+    if "transformers" not in sys.modules:
+        return []
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    interfaces = (ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS)
+    return [interface.get(name) for interface in interfaces for name in names]
 
 
 def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:

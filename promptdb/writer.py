@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import weakref
 from collections import deque
@@ -42,6 +43,14 @@ class WriteBehind:
         self._thread: threading.Thread | None = None
         self._failures: list[Exception] = []
         self._stopping = False
+        self._pid = os.getpid()
+
+    def _in_this_process(self) -> threading.Condition:
+        """Return the condition. In a forked child there is no thread, and what was queued is its parent's to write."""
+        if self._pid != os.getpid():
+            self._jobs, self._pending_bytes, self._failures = deque(), 0, []
+            self._condition, self._thread, self._pid = threading.Condition(), None, os.getpid()
+        return self._condition
 
     def submit(
         self, root: Root, packed: bytes, logits_at: Iterable[int], work: Callable[[], object], size_bytes: int
@@ -57,7 +66,7 @@ class WriteBehind:
         WriteBehindError
             An earlier commit failed. This one is not queued.
         """
-        with self._condition:
+        with self._in_this_process():
             self._raise_failures()
             if self._stopping:
                 raise WriteBehindError("the engine is closed", "create another one")
@@ -91,7 +100,7 @@ class WriteBehind:
             brings_logits = not has_logits and shared == stored_tokens and stored_tokens in job.logits_at
             return shared > stored_tokens or brings_logits
 
-        with self._condition:
+        with self._in_this_process():
             waited = False
             while any(map(has_more, self._jobs)):
                 waited = True
@@ -106,7 +115,7 @@ class WriteBehind:
         WriteBehindError
             A commit failed since the last report; the cause is attached.
         """
-        with self._condition:
+        with self._in_this_process():
             while self._jobs:
                 self._condition.wait()
             self._raise_failures()
@@ -116,7 +125,7 @@ class WriteBehind:
         try:
             self.flush()
         finally:
-            with self._condition:
+            with self._in_this_process():
                 self._stopping = True
                 self._condition.notify_all()
                 thread = self._thread
@@ -125,7 +134,7 @@ class WriteBehind:
 
     def raise_failures(self) -> None:
         """Raise what a commit failed with since the last report."""
-        with self._condition:
+        with self._in_this_process():
             self._raise_failures()
 
     def _raise_failures(self) -> None:

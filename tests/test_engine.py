@@ -136,7 +136,7 @@ class TestModelState:
         with pytest.raises(UnsupportedModelError, match="bert"):
             Engine(db, BertLMHeadModel(config).eval(), tokenizer)
 
-    def test_an_architecture_without_tests_is_probed(self, db, tokenizer):
+    def test_every_architecture_is_probed_once(self, db, tokenizer):
         from transformers import AutoConfig, AutoModelForCausalLM
 
         config = AutoConfig.for_model(
@@ -147,12 +147,9 @@ class TestModelState:
         with Engine(db, model, tokenizer) as engine:
             engine.get(TEXT[:40])
             assert engine.get(TEXT).tokens_loaded > 0
-            assert db.registry.model(engine.root.weights_id)["probe_passed"] is True
+            assert "transformers" in db.registry.model(engine.root.weights_id)["probed_with"]
 
-    def test_a_probe_that_fails_refuses_by_name(self, db, tokenizer, monkeypatch):
-        from promptdb import runner
-
-        monkeypatch.setattr(runner, "TESTED_MODEL_TYPES", frozenset())
+    def test_a_probe_that_fails_refuses_by_name(self, db, tokenizer):
         model = random_model("gpt2")
         # Positions that start again with every pass: the kind of mistake that is silent otherwise.
         embed = model.transformer.wpe
@@ -206,23 +203,23 @@ class TestCaches:
 
     def test_memory_is_not_used_again_while_a_tensor_lives(self, engine):
         engine.get(TEXT)
-        engine._recent = None
+        engine._extender.held = None
         kept = engine.get(TEXT).past_key_values().layers[1].values
         before = kept.clone()
         gc.collect()
         for _ in range(5):
             other = engine.get([7] * 80)
             other.past_key_values().layers[1].values.fill_(3.0)
-            engine._recent = None
+            engine._extender.held = None
         assert torch.equal(kept, before)
 
     def test_appends_in_place(self, engine):
         engine.get([7, 8, 9])  # the first computation finds out the shapes, the second one uses them
         for fresh in (True, False):
             engine.get(TEXT if fresh else TEXT + " again")
-            cache = engine._recent[2]
+            cache = engine._extender.held.cache
             assert all(layer._owns() for layer in cache.layers)
-            assert cache.stacks(engine._layout) is not None
+            assert cache.stacks(engine._extender._layout) is not None
             place = cache.layers[0].keys.data_ptr()
             with torch.no_grad():
                 engine.model(torch.tensor([[5, 6]]), past_key_values=cache, use_cache=True)
@@ -275,7 +272,7 @@ class TestCaches:
 
     def test_a_representation_keeps_no_keys_and_values_alive(self, engine):
         representations = [engine.get([5 + n, 6, 7, 8]) for n in range(3)]
-        cache = weakref.ref(engine._recent[2])
+        cache = weakref.ref(engine._extender.held.cache)
         engine.get([9, 9, 9])
         gc.collect()
         assert cache() is None
@@ -285,7 +282,7 @@ class TestCaches:
         representation = engine.get(TEXT)
         expected = representation.past_key_values()
         engine.flush()
-        engine._recent = None
+        engine._extender.held = None
         root_nodes = [node for node, record in engine.db.nodes() if record.start == 0]
         assert engine.db.remove(root_nodes[0]) > 1
         again = representation.past_key_values()
@@ -302,8 +299,8 @@ class TestWriteBehind:
     def test_a_failure_is_reported_by_the_next_call_and_once(self, engine, monkeypatch):
         monkeypatch.setattr(engine.db._index, "transact", _fail)
         engine.get("Hello")
-        engine._storer.queue._condition.acquire()
-        engine._storer.queue._condition.release()
+        engine._extender.storer.queue._condition.acquire()
+        engine._extender.storer.queue._condition.release()
         with pytest.raises(WriteBehindError, match="disk on fire"):
             engine.flush()
         monkeypatch.undo()
@@ -328,7 +325,7 @@ class TestWriteBehind:
         with Engine(db, shared_model("llama"), tokenizer, write_behind=False) as engine:
             engine.get(TEXT)
             assert db.stat()["num_tokens"] == engine.get(TEXT).num_tokens
-            assert engine._storer.queue._thread is None
+            assert engine._extender.storer.queue._thread is None
 
     def test_a_forgotten_engine_does_not_live_on(self, db, tokenizer):
         engine = Engine(db, shared_model("llama"), tokenizer)
@@ -438,12 +435,14 @@ class TestDamage:
                     writer.put(CHILDREN, key, value[:40] + bytes([value[40] ^ 1]) + value[41:])
 
             db._index.transact(damage_index)
+            engine._extender.held = None
             got = engine.get(TEXT)
             assert got.tokens_loaded == 0
             torch.testing.assert_close(got.logits, expected.logits, rtol=0, atol=1e-5)
             assert "the index is damaged" in caplog.text
             assert "verify --fix" in caplog.text
             engine.flush()
+            engine._extender.held = None
             assert db.verify(fix=True) != []
             assert engine.get(TEXT).tokens_computed == 0
 
@@ -483,8 +482,9 @@ class TestStrict:
         with Engine(db, engine.model, tokenizer, strict=True) as strict:
             assert strict.get(ids).tokens_computed == 0
             extended = strict.get([*ids, 7, 8, 9])
-            assert extended.tokens_loaded >= len(ids) - 1
-            assert extended.tokens_computed > 0, "computed from a stored prefix before"
+            assert extended.tokens_loaded == 0, "its end was computed from a stored prefix, and so would it be now"
+            assert strict.get([*ids, 7, 8, 9, 10]).tokens_loaded == 0
+            assert strict.get(ids[:25]).tokens_loaded == 0, "logits inside a span are those of another run"
         model = random_model("llama")
         model.set_attn_implementation("eager")
         with Engine(db, model, tokenizer, strict=True) as strict:
@@ -565,7 +565,7 @@ class TestLookup:
     def test_never_computes(self, engine, monkeypatch):
         engine.get(TEXT)
         engine.flush()
-        monkeypatch.setattr(engine._runner, "_forward", None)
+        monkeypatch.setattr(engine._extender.runner, "_forward", None)
         assert engine.lookup(TEXT).is_complete
         assert not engine.lookup("Never seen").is_complete
         assert engine.lookup("Never seen").num_tokens == 0
@@ -594,11 +594,16 @@ class TestCostModel:
     def test_computes_where_that_is_faster(self, engine):
         engine.get(TEXT)
         engine.flush()
-        engine.cost.rates.update(load_bytes_per_s=1.0, compute_tokens_per_s=1e9)
+        engine._extender.cost.rates.update(load_bytes_per_s=1.0, compute_tokens_per_s=1e9)
         assert not engine.explain(TEXT).cost.load_wins
-        representation = engine.get(TEXT + " More")
-        assert representation.tokens_loaded == 0
-        engine.cost.rates.update(load_bytes_per_s=1e12, compute_tokens_per_s=1.0)
+        computed = []
+        for _ in range(20):
+            engine._extender.held = None
+            computed.append(engine.get(TEXT + " More", store=False).tokens_loaded == 0)
+        # A verdict takes several loads, and is put to the test from time to time.
+        assert computed[0] is False
+        assert computed.count(True) >= 15
+        engine._extender.cost.rates.update(load_bytes_per_s=1e12, compute_tokens_per_s=1.0)
         assert engine.get(TEXT + " More and more").tokens_loaded > 0
 
     def test_rates_are_remembered(self, db, tokenizer):

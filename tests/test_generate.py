@@ -75,7 +75,7 @@ def test_generating_twice_does_not_change_what_is_stored(db):
     with Engine(db, model, tokenizer) as engine:
         before = engine.get(TEXT).past_key_values().layers[0].keys.clone()
         through_engine(engine, TEXT, num_beams=2, do_sample=False)
-        engine._recent = None
+        engine._extender.held = None
         assert torch.equal(engine.get(TEXT).past_key_values().layers[0].keys, before)
 
 

@@ -22,8 +22,8 @@ ORDER = (
     "tables", "filesystem", "memory", "index",
     "trie", "snapshot", "registry", "verify", "db", "testing",
     "cost", "explain",
-    "buffers", "cache", "staging", "kv", "runner", "loader", "writer", "storer", "representation", "loading",
-    "generation", "engine", "text",
+    "buffers", "ambient", "cache", "staging", "kv", "runner", "loader", "writer", "storer", "representation", "loading",
+    "generation", "extender", "engine", "text",
     "demo_models", "demo_text", "demo_training", "demo",
 )  # fmt: skip
 
@@ -33,10 +33,10 @@ OWNERS = {
     "msgpack": {"format"},
     "safetensors": set(),
     "torch": {
-        "identity", "watch", "buffers", "cache", "staging", "kv", "runner", "loader", "storer", "representation",
-        "loading", "generation", "engine", "text", "demo_models", "demo_training", "demo",
+        "identity", "watch", "buffers", "ambient", "cache", "staging", "kv", "runner", "loader", "storer",
+        "representation", "loading", "generation", "extender", "engine", "text", "demo_models", "demo_training", "demo",
     },
-    "transformers": {"refusals", "cache", "runner", "loading", "text", "demo_models", "demo_text", "demo"},
+    "transformers": {"refusals", "watch", "cache", "runner", "loading", "text", "demo_models", "demo_text", "demo"},
 }  # fmt: skip
 
 

@@ -1,0 +1,289 @@
+"""From a lookup to a representation: hit, or load and extend. What an :class:`~promptdb.Engine` does once it knows who
+it is."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from time import perf_counter
+from typing import TYPE_CHECKING
+
+import torch
+
+from promptdb.cache import PromptCache, bytes_per_token, layout_of
+from promptdb.cost import CostModel
+from promptdb.errors import CorruptDataError, NonFiniteError
+from promptdb.format import Layout
+from promptdb.keys import Root, common_prefix, num_tokens, unpack_tokens
+from promptdb.loader import Loader
+from promptdb.representation import Representation
+from promptdb.runner import Runner, token_logprobs
+from promptdb.snapshot import Match
+from promptdb.storer import Storer
+from promptdb.tokens import Prompt
+from promptdb.trie import cut
+from promptdb.version import __version__
+
+if TYPE_CHECKING:
+    from promptdb.db import PromptDB
+
+logger = logging.getLogger("promptdb")
+
+Fetch = Callable[[int | None], PromptCache]
+
+# Room that a cache has beyond its tokens, so that the first tokens appended do not move it.
+SPARE_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class Held:
+    """The last computation, kept in memory: its prompt is likely to be asked for, or continued, next."""
+
+    root: Root
+    packed: bytes
+    cache: PromptCache
+    logprobs: torch.Tensor  # [n], NaN first
+    logits: torch.Tensor  # [vocabulary], after the last token
+    is_stored: bool  # or about to be
+
+    def shared_tokens(self, root: Root, packed: bytes) -> int:
+        """Return how many tokens of a prompt are held."""
+        return common_prefix(self.packed, packed) if self.root == root else 0
+
+
+class Extender:
+    """Matches, loads, computes and stores for one model at a time. Computing is not thread safe; the rest is.
+
+    Parameters
+    ----------
+    db : the store.
+    runner : the model. To be replaced, with ``layout`` and ``cost``, when the model has changed.
+    strict : reuse only what was computed the same way, and in one pass.
+    write_behind : commit in a background thread.
+    """
+
+    def __init__(self, db: PromptDB, runner: Runner, *, strict: bool, write_behind: bool) -> None:
+        self.db = db
+        self.runner = runner
+        self.cost = CostModel()
+        self.storer = Storer(db, write_behind=write_behind)
+        self.held: Held | None = None
+        self._strict = strict
+        self._loader = Loader(db)
+        self._layout: Layout = ()
+
+    def replace_runner(self, runner: Runner) -> None:
+        """Go on with a model that has changed."""
+        self.runner, self._layout, self.held = runner, (), None
+
+    # Looking up
+
+    def match(self, root: Root, packed: bytes) -> Match:
+        """Find what is stored of a prompt, waiting for what is being written of it, unless it is held in memory."""
+        match = self._match(root, packed)
+        held, total = self._held_tokens(root, packed), num_tokens(packed)
+        # A part of what is held lacks its logits, which may be on their way to the store.
+        is_part = held == total and self.held is not None and self.held.packed != packed
+        is_wanted = not match.is_complete and (held <= match.num_tokens or is_part)
+        queue = self.storer.queue
+        if is_wanted and queue.wait_for(root, packed, match.num_tokens, has_logits=match.has_logits):
+            match = self._match(root, packed)
+        return self._strictly(match) if self._strict else match
+
+    def _match(self, root: Root, packed: bytes) -> Match:
+        try:
+            with self.db.read() as snapshot:
+                return snapshot.match(root, packed)
+        except CorruptDataError as error:
+            # Only the whole store can be put right, which is not a lookup's business.
+            logger.warning("the index is damaged, so nothing is found and nothing stored: %s", error)
+            return Match(root, packed, (), 0, has_logits=False, is_damaged=True)
+
+    def _strictly(self, match: Match) -> Match:
+        """Cut a match off where a span was not computed the same way, or not in one pass."""
+        here = self.runner.provenance()
+        with self.db.read() as snapshot:
+            for number, step in enumerate(match.steps):
+                try:
+                    record = snapshot.record(step.node)
+                except CorruptDataError:
+                    record = None
+                same = record is not None and record.provenance.get("past_tokens") == 0
+                if record is None or not same or any(record.provenance.get(name) != here[name] for name in here):
+                    return Match(match.root, match.packed, match.steps[:number], step.start, has_logits=False)
+        # Logits inside a span came from another run than the span.
+        at_end = bool(match.steps) and match.steps[-1].num_tokens == match.steps[-1].span_tokens
+        return Match(match.root, match.packed, match.steps, match.num_tokens, match.has_logits and at_end)
+
+    def _held_tokens(self, root: Root, packed: bytes) -> int:
+        held = self.held
+        return 0 if held is None or self._strict else held.shared_tokens(root, packed)
+
+    # Full hits
+
+    def hit(self, match: Match, fetch: Fetch, began: float) -> Representation | None:
+        """Return the representation of a prompt that is held or stored in full, or None if it is not, or damaged."""
+        looked_up = perf_counter()
+        held = self.held
+        if match.is_complete:
+            found = self._loader.complete(match, self.runner.device)
+        elif held is not None and not self._strict and (held.root, held.packed) == (match.root, match.packed):
+            found = held.logits.clone(), held.logprobs.clone()
+        else:
+            found = None
+        if found is None:
+            return None
+        token_ids = tuple(unpack_tokens(match.packed))
+        return Representation(
+            token_ids=token_ids,
+            logits=found[0],
+            token_logprobs=found[1][1:],
+            tokens_loaded=len(token_ids),
+            tokens_computed=0,
+            lookup_s=looked_up - began,
+            load_s=perf_counter() - looked_up,
+            _fetch=fetch,
+        )
+
+    # Extending
+
+    def extend(
+        self,
+        asked: Prompt,
+        match: Match,
+        fetch: Fetch,
+        *,
+        keep_all: bool,
+        store: bool,
+        began: float,
+        still_valid: Callable[[], bool],
+    ) -> Representation | None:
+        """Load what is stored or held of a prompt, compute the rest, and store it.
+
+        Parameters
+        ----------
+        still_valid : asked after the forward pass: whether the model is still the one of ``match.root``.
+
+        Returns
+        -------
+        Representation or None
+            None if a stored span vanished or was damaged, or the model changed: look up again.
+        """
+        runner, root, total = self.runner, match.root, asked.num_tokens
+        token_ids = torch.tensor(unpack_tokens(asked.packed), dtype=torch.int64, device="cpu")
+        runner.check_prompt(token_ids)
+        looked_up = perf_counter()
+        prefix = self._prefix(match, total, from_start=keep_all or self._strict)
+        if prefix is None:
+            return None
+        start, cache, logprobs, first_new = prefix
+        load_s = perf_counter() - looked_up
+
+        computing = perf_counter()
+        spans = cut(first_new, total, asked.boundaries, self.db.chunk_tokens)
+        # Logits at the ends of spans, and where this prompt parts from a stored one: the next branch starts there.
+        wanted = {end - 1 for _, end in spans} | {total - 1, first_new - 1}
+        result = runner.extend(token_ids, cache, start, {at for at in wanted if at >= start}, keep_all=keep_all)
+        logprobs[start + 1 :] = result.logprobs
+        if torch.isnan(logprobs[1:]).any():
+            raise NonFiniteError(
+                "the log-probabilities hold NaN; nothing was stored", "check the model's weights and dtype"
+            )
+        compute_s = perf_counter() - computing
+        self.cost.computed(total - start, compute_s)
+        if not still_valid():
+            return None
+
+        storing = perf_counter()
+        self._layout = layout = layout_of(cache)
+        is_stored = store and not self.db.readonly and not match.is_damaged
+        if is_stored:
+            self.cost.sized(bytes_per_token(layout))
+            provenance = {
+                "promptdb": __version__,
+                **runner.provenance(),
+                "past_tokens": start,
+                "pass_tokens": total - start,
+            }
+            self.storer.store(
+                root,
+                asked.packed,
+                spans,
+                cache,
+                logprobs,
+                result.logits,
+                compute_s_per_token=compute_s / (total - start),
+                provenance=provenance,
+            )
+        last = result.logits[total - 1]
+        self.held = Held(root, asked.packed, cache, logprobs, last, is_stored)
+        return Representation(
+            token_ids=tuple(unpack_tokens(asked.packed)),
+            # Copies: what the caller does with them must not reach what is held.
+            logits=last.clone() if result.all_logits is None else result.all_logits,
+            token_logprobs=logprobs[1:].clone(),
+            tokens_loaded=start,
+            tokens_computed=total - start,
+            lookup_s=looked_up - began,
+            load_s=load_s,
+            compute_s=compute_s,
+            store_s=perf_counter() - storing,
+            _fetch=fetch,
+        )
+
+    def _prefix(
+        self, match: Match, total: int, *, from_start: bool
+    ) -> tuple[int, PromptCache, torch.Tensor, int] | None:
+        """Return where computing starts, the cache and log-probabilities before it, and the first token to store.
+
+        The log-probability of the first computed token needs the logits after the token before it. Where those are not
+        at hand, and where a full hit lacks its last logits, one token is computed again.
+        """
+        runner, capacity = self.runner, total + SPARE_TOKENS
+        logprobs = torch.full((total,), float("nan"), dtype=torch.float32, device="cpu")
+        held, known = self.held, match.num_tokens
+        shared = 0 if from_start else self._held_tokens(match.root, match.packed)
+        before: torch.Tensor | None = None
+        if held is not None and shared > known:
+            if shared == len(held.logprobs) < total:
+                before = held.logits.cpu()
+            known, first_new = shared, shared if held.is_stored else match.num_tokens
+        else:
+            held, first_new = None, match.num_tokens
+            if not from_start and known < total:
+                before = self._loader.logits(match)
+        start = known if before is not None else max(0, known - 1)
+        if from_start or (held is None and not self.cost.should_load(start)):
+            start = 0
+        if start == 0:
+            cache = PromptCache(capacity)
+            if self._layout:  # known from the last computation: one tensor per group of layers, not two per layer
+                cache = PromptCache.of_layout(self._layout, 0, capacity, runner.device)
+        elif held is not None:
+            cache = held.cache.copy(start, capacity)
+            logprobs[:known] = held.logprobs[:known]
+        else:
+            loaded = self._loader.prefix(match, start, capacity, runner.device, self.cost)
+            if loaded is None:
+                return None
+            cache, logprobs[:known] = loaded
+        if start and before is not None:
+            token = unpack_tokens(match.packed[4 * known : 4 * known + 4])[0]
+            logprobs[known] = token_logprobs(before[None], torch.tensor([token], device="cpu"))[0]
+        return start, cache, logprobs, first_new
+
+    # Keys and values
+
+    def cache_of(self, match: Match, num_tokens: int) -> PromptCache | None:
+        """Return a fresh cache with the first tokens of a prompt, or None if they are neither held nor stored."""
+        if num_tokens == 0:
+            return PromptCache(SPARE_TOKENS)
+        held = self.held
+        if held is not None and self._held_tokens(match.root, match.packed) >= num_tokens:
+            return held.cache.copy(num_tokens, num_tokens + SPARE_TOKENS)
+        if match.num_tokens < num_tokens:
+            return None
+        capacity = num_tokens + SPARE_TOKENS
+        loaded = self._loader.prefix(match, num_tokens, capacity, self.runner.device, self.cost)
+        return None if loaded is None else loaded[0]
