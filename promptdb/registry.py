@@ -57,7 +57,8 @@ class Registry:
     def add_model(self, weights_id: str, description: Mapping[str, Any]) -> None:
         """Enter a model, or what has changed of its description. Rates and the date of the first time stay."""
         known = self.model(weights_id)
-        merged = {"first_seen_unix_s": time.time(), **(known or {}), **description}
+        merged = {**(known or {}), **description}
+        merged.setdefault("first_seen_unix_s", time.time())
         if merged != known:
             self._put(MODELS, bytes.fromhex(weights_id), merged)
 
