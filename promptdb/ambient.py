@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 
@@ -17,18 +17,16 @@ def plain_torch(device: torch.device) -> Iterator[None]:
     process; it is touched only where somebody has changed it.
     """
     default_dtype = torch.get_default_dtype()
-    with (
-        torch.inference_mode(False),
-        torch.no_grad(),
-        torch.device("cpu"),
-        torch.autocast("cpu", enabled=False),
-        torch.autocast(device.type, enabled=False),
-    ):
-        if default_dtype == torch.float32:
-            yield
-            return
-        torch.set_default_dtype(torch.float32)
-        try:
-            yield
-        finally:
-            torch.set_default_dtype(default_dtype)
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.no_grad())
+        for kind in {"cpu", device.type}:
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        if torch.get_default_device().type != "cpu":
+            # Not otherwise: a default device sends every call of torch through Python.
+            stack.enter_context(torch.device("cpu"))
+        if default_dtype != torch.float32:
+            torch.set_default_dtype(torch.float32)
+            stack.callback(torch.set_default_dtype, default_dtype)
+        yield

@@ -255,7 +255,7 @@ class Engine:
             asked = self.tokenize(prompt)
             self._extender.storer.queue.raise_failures()
             root = self.root
-            self._extender.runner.check_state()
+            self._extender.runner.check_mode()
             if logits == "last":
                 found = self._hit(root, asked, began, store=store)
                 if found is not None:

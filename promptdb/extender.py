@@ -172,6 +172,7 @@ class Extender:
         """
         runner, root, total = self.runner, match.root, asked.num_tokens
         token_ids = torch.tensor(unpack_tokens(asked.packed), dtype=torch.int64, device="cpu")
+        runner.check_placement()
         runner.check_prompt(token_ids)
         looked_up = perf_counter()
         prefix = self._prefix(match, total, from_start=keep_all or self._strict)

@@ -34,6 +34,14 @@ def tensor_of(view: TensorView) -> torch.Tensor:
     return torch.frombuffer(view.data, dtype=dtype).view(view.shape)
 
 
+def copy_of(view: TensorView) -> torch.Tensor:
+    """Return a tensor of its own with a view's content: for small ones, where waking torch's threads costs more."""
+    dtype = TORCH_DTYPES.get(view.dtype)
+    if dtype is None or not len(view.data):
+        return tensor_of(view).clone()
+    return torch.frombuffer(bytearray(view.data), dtype=dtype).view(view.shape)
+
+
 def bytes_of(tensor: torch.Tensor) -> bytes:
     """Return the little-endian bytes of a small tensor."""
     flat = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)

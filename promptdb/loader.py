@@ -13,7 +13,7 @@ from promptdb.cache import PromptCache
 from promptdb.cost import CostModel
 from promptdb.errors import CorruptDataError
 from promptdb.keys import prefix_digests
-from promptdb.kv import load_cache, load_logprobs, tensor_of
+from promptdb.kv import copy_of, load_cache, load_logprobs
 from promptdb.snapshot import Match
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ class Loader:
                 view = snapshot.logits(end)
                 if logprobs is None or view is None:
                     return None
-                return tensor_of(view).to(device, copy=True), logprobs
+                return copy_of(view).to(device), logprobs
         except CorruptDataError as error:
             self._heal(match, error)
             return None
@@ -53,7 +53,7 @@ class Loader:
         try:
             with self._db.read() as snapshot:
                 view = snapshot.logits(end)
-                return None if view is None else tensor_of(view).clone()
+                return None if view is None else copy_of(view)
         except CorruptDataError as error:
             self._heal(match, error)
             return None

@@ -71,7 +71,10 @@ class Runner:
         inner = model.get_base_model() if hasattr(model, "get_base_model") else model
         self._parameters = inspect.signature(inner.forward).parameters
         self._check_architecture(config, inner)
-        self.check_state()
+        # Whoever adds or replaces modules changes the model's identity, and gets another runner.
+        self._modules = list(model.modules())
+        self.check_mode()
+        self.check_placement()
         self.vocabulary = int(model.get_input_embeddings().weight.shape[0])
         self.max_tokens = _max_tokens(config)
 
@@ -102,14 +105,17 @@ class Runner:
         device: torch.device = self.model.get_input_embeddings().weight.device
         return device
 
-    def check_state(self) -> None:
-        """Raise if the model is in train mode or spread over several devices. Costs microseconds per module."""
-        if any(module.training for module in self.model.modules()):
-            for name in (name for name, module in self.model.named_modules() if module.training):
-                raise TrainModeError(
-                    f"the model{' part ' + name if name else ''} is in train mode, where dropout makes results random",
-                    "call model.eval()",
-                )
+    def check_mode(self) -> None:
+        """Raise if the model, or a part of it, is in train mode. Costs microseconds."""
+        if any(module.training for module in self._modules):
+            name = next(name for name, module in self.model.named_modules() if module.training)
+            raise TrainModeError(
+                f"the model{' part ' + name if name else ''} is in train mode, where dropout makes results random",
+                "call model.eval()",
+            )
+
+    def check_placement(self) -> None:
+        """Raise if the model is spread over several devices, or not in memory. Costs microseconds per parameter."""
         devices = {parameter.device for parameter in self.model.parameters()}
         if len(devices) != 1 or next(iter(devices)).type == "meta":
             raise ModelPlacementError(
