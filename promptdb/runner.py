@@ -116,7 +116,8 @@ class Runner:
 
     def check_placement(self) -> None:
         """Raise if the model is spread over several devices, or not in memory. Costs microseconds per parameter."""
-        devices = {parameter.device for parameter in self.model.parameters()}
+        parameters = (parameter for module in self._modules for parameter in module._parameters.values())
+        devices = {parameter.device for parameter in parameters if parameter is not None}
         if len(devices) != 1 or next(iter(devices)).type == "meta":
             raise ModelPlacementError(
                 f"the model's weights are on {', '.join(sorted(map(str, devices))) or 'no device'}",
