@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from promptdb.db import PromptDB, PutReport
+from promptdb.commits import PutReport
+from promptdb.db import PromptDB
 from promptdb.keys import Root
 
 if TYPE_CHECKING:

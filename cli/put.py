@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from promptdb.db import PutReport
+from promptdb.commits import PutReport
 from promptdb.errors import PromptError
 
 from .compute import CountingDB, open_engine

@@ -4,97 +4,51 @@ from __future__ import annotations
 
 import itertools
 import os
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Self
 
+from promptdb.commits import (
+    Bytes,
+    OverlapError,
+    PutReport,
+    SpanPayload,
+    add_to_totals,
+    check_packed,
+    check_spans,
+    put_spans,
+    remove_span,
+)
 from promptdb.errors import (
     CorruptDataError,
-    FormatVersionError,
     InputTypeError,
     NodeNotFoundError,
     NotAStoreError,
     PromptError,
-    StoreError,
 )
 from promptdb.format import (
-    BLOBS,
-    FORMAT_VERSION,
     LOGITS,
-    META,
     NODES,
     ROOTS,
-    STORE_KEY,
     TOTALS,
-    BlobEntry,
-    Layout,
     NodeRecord,
-    checksum,
-    pack_record,
-    pack_root,
-    unpack_record,
     unpack_root,
 )
-from promptdb.keys import TOKEN_BYTES, PrefixHasher, Root, node_id, num_tokens, pack_tokens
+from promptdb.keys import TOKEN_BYTES, Root, num_tokens, pack_tokens
 from promptdb.memory import MemoryIndex
+from promptdb.opening import check_options, default_path, open_index, read_settings
 from promptdb.registry import Registry
-from promptdb.snapshot import VERIFY_MODES, Match, Snapshot, Verified, logits_owner, pack_logits
-from promptdb.tables import Index, Reader, Writer
-from promptdb.trie import attach, descendants, detach, match
-from promptdb.version import __version__
+from promptdb.snapshot import Match, Snapshot, Verified
+from promptdb.tables import Index, Writer
+from promptdb.trie import descendants
 
 if TYPE_CHECKING:
     from types import TracebackType
 
     from promptdb.verify import Problem
 
-Bytes = bytes | bytearray | memoryview
-
-DEFAULT_CHUNK_TOKENS = 256
-MAX_CHUNK_TOKENS = 1 << 20
 _PAGE_RECORDS = 256
-PATH_VARIABLE = "PROMPTDB_PATH"
-
-
-@dataclass(frozen=True)
-class SpanPayload:
-    """A computed span that is to be stored: prompt positions ``[start, end)`` and its blobs."""
-
-    start: int
-    end: int
-    layout: Layout
-    blobs: Mapping[str, Bytes]
-    compute_s: float
-    provenance: Mapping[str, str | int | float]
-
-
-@dataclass(frozen=True)
-class PutReport:
-    """What a put did: spans and tokens that were new, and bytes written for them."""
-
-    num_spans: int = 0
-    num_tokens: int = 0
-    num_bytes: int = 0
-    num_dropped: int = 0  # spans whose prefix somebody removed meanwhile: they would never be found
-
-
-class _OverlapError(Exception):
-    """Somebody stored a part of the first span meanwhile: encode again from ``position``."""
-
-    def __init__(self, position: int) -> None:
-        self.position = position
-
-
-def default_path() -> Path:
-    """Return where the store is when nobody says otherwise: ``$PROMPTDB_PATH``, or the user's data directory."""
-    if os.environ.get(PATH_VARIABLE):
-        return Path(os.environ[PATH_VARIABLE])
-    import platformdirs
-
-    return Path(platformdirs.user_data_dir("promptdb")) / "default.promptdb"
 
 
 class PromptDB:
@@ -143,14 +97,14 @@ class PromptDB:
             raise InputTypeError(f"path must be a str or a path, not {type(path).__name__}")
         if path is not None and not str(path):
             raise NotAStoreError("the path of the store is empty", "a store is a directory; name one")
-        _check_options(chunk_tokens, verify_reads, map_bytes)
+        check_options(chunk_tokens, verify_reads, map_bytes)
         directory = Path(path) if path is not None else default_path()
-        self._open(directory, _open_index(directory, readonly, map_bytes), chunk_tokens, verify_reads)
+        self._open(directory, open_index(directory, readonly, map_bytes), chunk_tokens, verify_reads)
 
     @classmethod
     def in_memory(cls, *, chunk_tokens: int | None = None, verify_reads: str = "once") -> PromptDB:
         """Return a store that lives in this process's memory and dies with it."""
-        _check_options(chunk_tokens, verify_reads, None)
+        check_options(chunk_tokens, verify_reads, None)
         db = cls.__new__(cls)
         db._open(None, MemoryIndex(), chunk_tokens, verify_reads)
         return db
@@ -161,7 +115,7 @@ class PromptDB:
         self._verified = Verified(verify_reads)
         self.registry = Registry(index)
         try:
-            settings = _read_settings(index, path, chunk_tokens)
+            settings = read_settings(index, path, chunk_tokens)
         except BaseException:
             index.close()
             raise
@@ -230,7 +184,7 @@ class PromptDB:
         One read transaction, one digest and one index read per span. Thread safe.
         """
         packed = token_ids if isinstance(token_ids, bytes) else pack_tokens(token_ids)
-        _check_packed(packed)
+        check_packed(packed)
         root = Root(model, tokenizer, namespace, intervention)
         with self._index.read() as reader:
             return Snapshot(reader, self._verified).match(root, packed)
@@ -379,20 +333,20 @@ class PromptDB:
         -----
         One transaction. Thread safe; writers of all processes take turns.
         """
-        _check_packed(packed)
-        spans = _check_spans(encode(start), start, packed)
+        check_packed(packed)
+        spans = check_spans(encode(start), start, packed)
         if any(not 1 <= position <= num_tokens(packed) for position in logits or ()):
             raise PromptError(f"logits after {sorted(logits or ())} tokens of a prompt of {num_tokens(packed)}")
         checksums: dict[tuple[int, str], bytes] = {}
         while True:
             try:
                 return self._index.transact(
-                    lambda writer: _put(writer, root, packed, spans, logits or {}, checksums)  # noqa: B023
+                    lambda writer: put_spans(writer, root, packed, spans, logits or {}, checksums)  # noqa: B023
                 )
-            except _OverlapError as overlap:
+            except OverlapError as overlap:
                 # What ends before the overlap stays: it may be this put's own, with spans that stood on it before.
                 kept = [span for span in spans if span.end <= overlap.position]
-                spans = kept + _check_spans(encode(overlap.position), overlap.position, packed)
+                spans = kept + check_spans(encode(overlap.position), overlap.position, packed)
                 checksums.clear()
 
     def remove(self, node: bytes, *, only: bool = False) -> int:
@@ -423,7 +377,7 @@ class PromptDB:
             if only:
                 del doomed[1:]
             for each, tokens in doomed:
-                _remove(writer, each, tokens)
+                remove_span(writer, each, tokens)
             return len(doomed)
 
         return self._index.transact(work)
@@ -437,204 +391,7 @@ class PromptDB:
                 return False
             size_bytes = len(data)
             writer.delete(LOGITS, prefix_digest)
-            _add_to_totals(writer, root, 0, 0, -size_bytes)
+            add_to_totals(writer, root, 0, 0, -size_bytes)
             return True
 
         return self._index.transact(work)
-
-
-def _check_packed(packed: bytes) -> None:
-    if len(packed) % TOKEN_BYTES:
-        raise PromptError(
-            f"{len(packed)} bytes are no packed tokens", f"a token has {TOKEN_BYTES} bytes: pack_tokens()"
-        )
-
-
-def _check_spans(spans: Sequence[SpanPayload], start: int, packed: bytes) -> list[SpanPayload]:
-    position = start
-    for span in spans:
-        if span.start != position or span.end <= span.start:
-            break
-        position = span.end
-    else:
-        if 0 <= start <= position <= num_tokens(packed):
-            return list(spans)
-    bounds = [(span.start, span.end) for span in spans]
-    raise PromptError(f"spans {bounds} do not tile positions from {start} of a prompt of {num_tokens(packed)} tokens")
-
-
-def _check_options(chunk_tokens: int | None, verify_reads: str, map_bytes: int | None) -> None:
-    for name, value in (("chunk_tokens", chunk_tokens), ("map_bytes", map_bytes)):
-        if value is not None and type(value) is not int:
-            raise InputTypeError(f"{name} must be an int, not {type(value).__name__}")
-    if verify_reads not in VERIFY_MODES:
-        raise StoreError(f"verify_reads is {verify_reads!r}", f"choose one of {', '.join(VERIFY_MODES)}")
-    if chunk_tokens is not None and not 1 <= chunk_tokens <= MAX_CHUNK_TOKENS:
-        raise StoreError(f"chunk_tokens is {chunk_tokens}", f"choose a number from 1 to {MAX_CHUNK_TOKENS}")
-    if map_bytes is not None and not 1 <= map_bytes < 1 << 47:
-        raise StoreError(f"map_bytes is {map_bytes}", "choose a number of bytes that can be mapped, or leave it out")
-
-
-def _open_index(path: Path, readonly: bool, map_bytes: int | None) -> Index:
-    # Imported here: a store in memory does not need lmdb.
-    from promptdb.index import DATA_FILE, DEFAULT_MAP_BYTES, LOCK_FILE, LmdbIndex
-
-    try:
-        if path.exists() and not path.is_dir():
-            raise NotAStoreError(f"{path} is a file", "a store is a directory; choose another path")
-        # A lock file alone: somebody is creating the store at this moment, or was killed while doing so.
-        occupied = path.is_dir() and any(entry.name != LOCK_FILE for entry in path.iterdir())
-        if occupied and not (path / DATA_FILE).exists():
-            raise NotAStoreError(f"{path} is a directory of something else", "choose an empty or new directory")
-        if readonly and not occupied:
-            raise NotAStoreError(
-                f"there is no store at {path}", "`promptdb put` creates one; check --db and PROMPTDB_PATH"
-            )
-    except NotAStoreError:
-        raise
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
-        raise StoreError(f"{path} cannot be read: {error}", "check the path and its permissions") from error
-    return LmdbIndex(path, readonly=readonly, map_bytes=map_bytes or DEFAULT_MAP_BYTES)
-
-
-def _read_settings(index: Index, path: Path | None, chunk_tokens: int | None) -> dict[str, Any]:
-    with index.read() as reader:
-        data = reader.get(META, STORE_KEY)
-        found = None if data is None else unpack_record(STORE_KEY, data)
-        is_empty = reader.count(NODES) == 0
-    if found is None:
-        if index.readonly or not is_empty:
-            raise NotAStoreError(f"{path} is an LMDB file of something else", "choose another path")
-        fields = {
-            "format_version": FORMAT_VERSION,
-            "chunk_tokens": chunk_tokens or DEFAULT_CHUNK_TOKENS,
-            "created_unix_s": time.time(),
-            "created_by": f"promptdb {__version__}",
-        }
-
-        def create(writer: Writer) -> dict[str, Any]:
-            # Another process may have been first; then its settings hold.
-            standing = writer.get(META, STORE_KEY)
-            if standing is not None:
-                return unpack_record(STORE_KEY, standing)
-            writer.put(META, STORE_KEY, pack_record(STORE_KEY, fields))
-            return fields
-
-        found = index.transact(create)
-    version, chunk = found.get("format_version"), found.get("chunk_tokens")
-    if type(version) is not int or version < 1:
-        raise CorruptDataError(f"{path} has format version {version!r}", "restore the store from a copy")
-    if version > FORMAT_VERSION:
-        raise FormatVersionError(
-            f"{path} has format version {version}; this promptdb {__version__} reads up to {FORMAT_VERSION}",
-            "upgrade promptdb",
-        )
-    if type(chunk) is not int or not 1 <= chunk <= MAX_CHUNK_TOKENS or type(found.get("created_unix_s")) is not float:
-        raise CorruptDataError(f"{path} has settings that cannot be", "restore the store from a copy")
-    if chunk_tokens is not None and chunk_tokens != chunk:
-        raise StoreError(
-            f"{path} was created with chunk_tokens={chunk}, not {chunk_tokens}",
-            "leave chunk_tokens out, or create another store",
-        )
-    return found
-
-
-def _add_to_totals(writer: Writer, root: Root, nodes: int, tokens: int, size_bytes: int) -> None:
-    data = writer.get(ROOTS, root.digest)
-    totals = dict.fromkeys(TOTALS, 0) if data is None else unpack_root(root.digest, data)[1]
-    totals["num_nodes"] += nodes
-    totals["num_tokens"] += tokens
-    totals["blob_bytes"] += size_bytes
-    if totals["num_nodes"]:
-        writer.put(ROOTS, root.digest, pack_root(root, totals))
-    else:
-        writer.delete(ROOTS, root.digest)
-
-
-def _put(
-    writer: Writer,
-    root: Root,
-    packed: bytes,
-    spans: Sequence[SpanPayload],
-    logits: Mapping[int, Bytes],
-    checksums: dict[tuple[int, str], bytes],
-) -> PutReport:
-    walk = match(writer, root.digest, packed)
-    covered = walk.num_tokens
-    owner = walk.steps[-1].node if walk.steps else b""
-    written = tokens = size_bytes = 0
-    hasher = PrefixHasher(root.digest, packed)
-    for position, span in enumerate(spans):
-        if span.end <= covered:
-            continue
-        if span.start < covered:
-            raise _OverlapError(covered)
-        if span.start > covered:
-            return _finish(writer, root, PutReport(written, tokens, size_bytes, len(spans) - position))
-        child_hash = hasher.at(span.start)
-        ids = packed[span.start * TOKEN_BYTES : span.end * TOKEN_BYTES]
-        node = node_id(child_hash, ids)
-        entries = {}
-        for kind, blob in span.blobs.items():
-            key = node + kind.encode()
-            # The transaction may run twice, when the map has to grow: the checksum is computed once.
-            if (span.start, kind) not in checksums:
-                checksums[span.start, kind] = checksum(key, blob)
-            entries[kind] = BlobEntry(len(blob), checksums[span.start, kind])
-            writer.put(BLOBS, key, blob)
-        record = NodeRecord(
-            root, owner, child_hash, span.start, ids, span.layout, entries, time.time(), span.compute_s, span.provenance
-        )
-        writer.put(NODES, node, record.pack(node))
-        attach(writer, child_hash, ids, node)
-        written, tokens, size_bytes = written + 1, tokens + record.num_tokens, size_bytes + record.size_bytes
-        # Spans that stood on this position before it was removed can be reached again.
-        walk = match(writer, root.digest, packed, span.end)
-        covered = walk.num_tokens
-        owner = walk.steps[-1].node if walk.steps else node
-    for position, blob in sorted(logits.items()):
-        if position <= covered:
-            digest = PrefixHasher(root.digest, packed).at(position)
-            if writer.get(LOGITS, digest) is None:
-                holder = match(writer, root.digest, packed[: position * TOKEN_BYTES]).steps[-1].node
-                value = pack_logits(digest, holder, blob)
-                writer.put(LOGITS, digest, value)
-                size_bytes += len(value)
-    return _finish(writer, root, PutReport(written, tokens, size_bytes))
-
-
-def _finish(writer: Writer, root: Root, report: PutReport) -> PutReport:
-    if report.num_spans or report.num_bytes:
-        _add_to_totals(writer, root, report.num_spans, report.num_tokens, report.num_bytes)
-    return report
-
-
-def _logits_of(reader: Reader, node: bytes, record: NodeRecord, prefix: bytes | None) -> list[tuple[bytes, int]]:
-    """Return (prefix digest, bytes) of the logits that were stored for positions inside a node."""
-    found = []
-    if prefix is not None:
-        hasher = PrefixHasher(record.root.digest, prefix)
-        for position in range(record.start + 1, record.end + 1):
-            data = reader.get(LOGITS, digest := hasher.at(position))
-            if data is not None:
-                found.append((digest, len(data)))
-    else:  # the tokens before the node are gone, so its digests cannot be computed: look at all
-        for digest, data in reader.scan(LOGITS):
-            if logits_owner(data) == node:
-                found.append((digest, len(data)))
-    return found
-
-
-def _remove(writer: Writer, node: bytes, prefix: bytes | None) -> None:
-    record = Snapshot(writer, Verified("never")).record(node)
-    if record is None:
-        return
-    size_bytes = record.size_bytes
-    for kind in record.blobs:
-        writer.delete(BLOBS, node + kind.encode())
-    for digest, logits_bytes in _logits_of(writer, node, record, prefix):
-        size_bytes += logits_bytes
-        writer.delete(LOGITS, digest)
-    detach(writer, record.child_hash, record.span, node)
-    writer.delete(NODES, node)
-    _add_to_totals(writer, record.root, -1, -record.num_tokens, -size_bytes)

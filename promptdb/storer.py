@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from promptdb.cache import PromptCache, layout_of
-from promptdb.db import PutReport, SpanPayload
+from promptdb.commits import PutReport, SpanPayload
 from promptdb.kv import encode_logits, encode_span, trim_blobs
 from promptdb.writer import WriteBehind
 

@@ -32,7 +32,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from promptdb.blobs import TensorSpec, build_blob
-from promptdb.db import PromptDB, SpanPayload
+from promptdb.commits import SpanPayload
+from promptdb.db import PromptDB
 from promptdb.errors import StoreError
 from promptdb.format import BLOBS, CHILDREN, META, NODES, Group
 from promptdb.keys import Root, pack_tokens, unpack_tokens

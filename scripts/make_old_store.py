@@ -14,7 +14,7 @@ from unittest.mock import Mock, patch
 
 from promptdb import PromptDB
 from promptdb.blobs import TensorSpec, build_blob
-from promptdb.db import SpanPayload
+from promptdb.commits import SpanPayload
 from promptdb.format import FORMAT_VERSION, Group
 from promptdb.keys import Root, pack_tokens
 from promptdb.trie import cut

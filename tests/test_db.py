@@ -14,7 +14,7 @@ import pytest
 
 from promptdb import PromptDB
 from promptdb.blobs import TensorSpec, build_blob
-from promptdb.db import PATH_VARIABLE, SpanPayload, default_path
+from promptdb.commits import SpanPayload
 from promptdb.errors import (
     CorruptDataError,
     FormatVersionError,
@@ -42,6 +42,7 @@ from promptdb.format import (
     unpack_record,
 )
 from promptdb.keys import Root, pack_tokens
+from promptdb.opening import PATH_VARIABLE, default_path
 from promptdb.testing import encode_tokens, scratch_directory
 
 ROOT = Root("aa" * 32, "bb" * 32)
@@ -562,7 +563,8 @@ def test_blob_replaced_by_another_process_is_checked_again(sound):
         # another process: it knows nothing of this handle
         other = SpanPayload(0, 8, record.layout, {"tokens": content[:-1] + b"\x07"}, 0.0, {})
         script = f"""
-from promptdb.db import PromptDB, SpanPayload
+from promptdb.commits import SpanPayload
+from promptdb.db import PromptDB
 from promptdb.format import BLOBS
 from promptdb.keys import Root
 db = PromptDB({str(sound)!r})

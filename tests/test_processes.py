@@ -23,7 +23,7 @@ PRELUDE = """
 import random, sys, time
 from promptdb import PromptDB
 from promptdb.blobs import TensorSpec, build_blob
-from promptdb.db import SpanPayload
+from promptdb.commits import SpanPayload
 from promptdb.keys import Root, pack_tokens
 from promptdb.trie import cut
 

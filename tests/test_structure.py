@@ -20,7 +20,7 @@ ORDER = (
     "hashing", "code_identity", "refusals", "identity", "tokenizer_identity", "watch", "checkpoint",
     "keys", "tokens", "format", "blobs",
     "tables", "filesystem", "memory", "index",
-    "trie", "snapshot", "registry", "verify", "db", "testing",
+    "trie", "snapshot", "registry", "verify", "commits", "opening", "db", "testing",
     "cost", "explain",
     "buffers", "ambient", "cache", "staging", "kv", "runner", "loader", "writer", "storer", "representation", "loading",
     "generation", "extender", "engine", "text",
