@@ -59,9 +59,11 @@ def main(path: Path) -> None:
     """Write the store to ``path``, the same bytes every time."""
     if path.exists():
         raise SystemExit(f"{path} exists: an old store is never written again")
-    fixed = patch.multiple("promptdb.db", __version__="0", time=Mock(time=lambda: CREATED_UNIX_S))
-    fixed_too = patch("promptdb.registry.time", Mock(time=lambda: CREATED_UNIX_S))
-    with fixed, fixed_too, PromptDB(path, chunk_tokens=CHUNK, map_bytes=1) as db:
+    clock = Mock(time=lambda: CREATED_UNIX_S)
+    fixed = patch.multiple("promptdb.opening", __version__="0", time=clock)
+    fixed_too = patch("promptdb.registry.time", clock)
+    fixed_as_well = patch("promptdb.commits.time", clock)
+    with fixed, fixed_too, fixed_as_well, PromptDB(path, chunk_tokens=CHUNK, map_bytes=1) as db:
         logits = build_blob([(TensorSpec("logits", "F32", (6,)), struct.pack("<6f", *range(6)))])
         packed = pack_tokens(PROMPT)
         db.put(ROOT, packed, 0, lambda start: spans(PROMPT, start, [5]), {len(PROMPT): logits})
