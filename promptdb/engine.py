@@ -265,7 +265,7 @@ class Engine:
 
     def _hit(self, root: Root, asked: Prompt, began: float, *, store: bool) -> Representation | None:
         match = self._extender.match(root, asked.packed)
-        return self._extender.hit(match, self._fetcher(root, asked, store=store), began)
+        return self._extender.hit(match, self._fetcher(root, asked, store=store), began, store=store)
 
     def _compute(self, asked: Prompt, began: float, *, keep_all: bool, store: bool) -> Representation:
         """Compute what is missing. Holds the lock; another thread may have computed it while this one waited."""

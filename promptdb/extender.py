@@ -122,16 +122,22 @@ class Extender:
 
     # Full hits
 
-    def hit(self, match: Match, fetch: Fetch, began: float) -> Representation | None:
-        """Return the representation of a prompt that is held or stored in full, or None if it is not, or damaged."""
+    def hit(self, match: Match, fetch: Fetch, began: float, *, store: bool) -> Representation | None:
+        """Return the representation of a prompt that is held or stored in full, or None if it is not, or damaged.
+
+        What is held and was not stored does not count if it is to be stored now.
+        """
         looked_up = perf_counter()
-        held = self.held
+        held, found = self.held, None
         if match.is_complete:
             found = self._loader.complete(match, self.runner.device)
-        elif held is not None and not self._strict and (held.root, held.packed) == (match.root, match.packed):
+        elif (
+            held is not None
+            and not self._strict
+            and (held.root, held.packed) == (match.root, match.packed)
+            and (held.is_stored or not store or self.db.readonly)
+        ):
             found = held.logits.clone(), held.logprobs.clone()
-        else:
-            found = None
         if found is None:
             return None
         token_ids = tuple(unpack_tokens(match.packed))

@@ -298,10 +298,16 @@ class TestChangesWhileWorking:
             representation = engine.get(TEXT, store=False)
             engine._extender.held = None
             representation.past_key_values()
-            engine.get(TEXT + " More", store=True)
             engine.flush()
-            # The second prompt is stored whole, although its start was held in memory.
-            assert engine.lookup(TEXT + " More").is_complete
+            assert db.stat()["num_nodes"] == 0
+            # Asked for once more, it is to be stored, although it is still held in memory.
+            assert engine.get(TEXT, store=False).tokens_computed == 0
+            assert engine.get(TEXT).tokens_computed == 1
+            assert engine.lookup(TEXT).is_complete
+            engine.get(TEXT + " Or", store=False)
+            engine.get(TEXT + " Or more")
+            # A prompt is stored whole, although a part of it was held in memory and not to be stored.
+            assert engine.lookup(TEXT + " Or more").is_complete
 
 
 class TestCaches:
