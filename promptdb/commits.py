@@ -178,6 +178,6 @@ def remove_span(writer: Writer, node: bytes, prefix: bytes | None) -> None:
     for digest, logits_bytes in _logits_of(writer, node, record, prefix):
         size_bytes += logits_bytes
         writer.delete(LOGITS, digest)
-    detach(writer, record.child_hash, record.span, node)
+    detach(writer, record.child_hash, record.span)
     writer.delete(NODES, node)
     add_to_totals(writer, record.root, -1, -record.num_tokens, -size_bytes)

@@ -200,21 +200,13 @@ class Engine:
     def lookup(self, prompt: Any) -> Match:
         """Find what is stored of a prompt. Never computes, never writes. See :meth:`PromptDB.lookup`."""
         self._check_open()
-        return self._stored(self.tokenize(prompt).packed)
-
-    def _stored(self, packed: bytes) -> Match:
-        """Look up what is in the store, whatever is held in memory."""
-        held, self._extender.held = self._extender.held, None
-        try:
-            return self._extender.match(self.root, packed)
-        finally:
-            self._extender.held = held
+        return self._extender.match(self.root, self.tokenize(prompt).packed, use_held=False)
 
     def explain(self, prompt: Any) -> Explanation:
         """Return why a prompt is stored or not, where it parts from the nearest one, and what loading would cost."""
         self._check_open()
         packed = self.tokenize(prompt).packed
-        self._stored(packed)  # waits for what is being written of it
+        self._extender.match(self.root, packed, use_held=False)  # waits for what is being written of it
         return explain(self.db, self.root, packed, self._extender.cost)
 
     def get(self, prompt: Any, *, logits: str = "last", store: bool = True) -> Representation:

@@ -79,10 +79,15 @@ class Extender:
 
     # Looking up
 
-    def match(self, root: Root, packed: bytes) -> Match:
-        """Find what is stored of a prompt, waiting for what is being written of it, unless it is held in memory."""
+    def match(self, root: Root, packed: bytes, *, use_held: bool = True) -> Match:
+        """Find what is stored of a prompt, waiting for what is being written of it, unless it is held in memory.
+
+        Parameters
+        ----------
+        use_held : without it, what is held does not count, and everything queued is waited for.
+        """
         match = self._match(root, packed)
-        held, total = self._held_tokens(root, packed), num_tokens(packed)
+        held, total = self._held_tokens(root, packed) if use_held else 0, num_tokens(packed)
         # A part of what is held lacks its logits, which may be on their way to the store.
         is_part = held == total and self.held is not None and self.held.packed != packed
         is_wanted = not match.is_complete and (held <= match.num_tokens or is_part)
@@ -118,7 +123,11 @@ class Extender:
 
     def _held_tokens(self, root: Root, packed: bytes) -> int:
         held = self.held
-        return 0 if held is None or self._strict else held.shared_tokens(root, packed)
+        if held is None:
+            return 0
+        shared = held.shared_tokens(root, packed)
+        # Strictly, another prompt's pass is another computation; what is held was computed in one pass then.
+        return shared if not self._strict or held.packed == packed else 0
 
     # Full hits
 
@@ -133,7 +142,6 @@ class Extender:
             found = self._loader.complete(match, self.runner.device)
         elif (
             held is not None
-            and not self._strict
             and (held.root, held.packed) == (match.root, match.packed)
             and (held.is_stored or not store or self.db.readonly)
         ):

@@ -124,7 +124,7 @@ def attach(writer: Writer, child_hash: bytes, span: bytes, node: bytes) -> None:
     writer.put(CHILDREN, child_key(child_hash, span), node + span)
 
 
-def detach(writer: Writer, child_hash: bytes, span: bytes, node: bytes) -> bool:
+def detach(writer: Writer, child_hash: bytes, span: bytes) -> bool:
     """Take a span out of the child index; return whether it was there."""
     return writer.delete(CHILDREN, child_key(child_hash, span))
 

@@ -493,6 +493,18 @@ class TestStrict:
         with Engine(db, model, tokenizer) as relaxed:
             assert relaxed.get(ids).tokens_computed == 0
 
+    def test_keys_and_values_although_others_stored_them_in_another_way(self, engine, db, tokenizer):
+        engine.get(TEXT[:40])
+        ids = list(engine.get(TEXT).token_ids)  # its end was computed from a stored prefix
+        engine.flush()
+        with Engine(db, engine.model, tokenizer, strict=True) as strict:
+            representation = strict.get(ids)
+            assert representation.tokens_computed == len(ids)
+            assert representation.past_key_values().get_seq_length() == len(ids)
+            assert representation.past_key_values(7).get_seq_length() == 7
+            strict.get(TEXT[:40])
+            assert representation.past_key_values().get_seq_length() == len(ids)
+
 
 class TestIdentityOfAnEngine:
     def test_weights_changed_in_place_miss(self, db, tokenizer):
