@@ -94,7 +94,7 @@ class Extender:
         queue = self.storer.queue
         if is_wanted and queue.wait_for(root, packed, match.num_tokens, has_logits=match.has_logits):
             match = self._match(root, packed)
-        return self._strictly(match) if self._strict else match
+        return self._strictly(match) if self._strict and not match.is_damaged else match
 
     def _match(self, root: Root, packed: bytes) -> Match:
         try:

@@ -423,10 +423,11 @@ class TestDamage:
             assert longer.token_logprobs.isfinite().all()
             assert engine.get(TEXT).tokens_computed == 0
 
-    def test_a_damaged_index_is_a_miss_and_nothing_is_stored_over_it(self, db, tokenizer, caplog):
+    @pytest.mark.parametrize("strict", [False, True])
+    def test_a_damaged_index_is_a_miss_and_nothing_is_stored_over_it(self, db, tokenizer, caplog, strict):
         from promptdb.format import CHILDREN
 
-        with Engine(db, shared_model("llama"), tokenizer) as engine:
+        with Engine(db, shared_model("llama"), tokenizer, strict=strict) as engine:
             expected = engine.get(TEXT)
             engine.flush()
 
