@@ -20,6 +20,7 @@ from promptdb.errors import InputTypeError, ModelError, StoreError, UnsupportedM
 from promptdb.explain import Explanation, explain
 from promptdb.extender import Extender, Fetch
 from promptdb.keys import Root
+from promptdb.probe import probe
 from promptdb.representation import Representation
 from promptdb.runner import Runner
 from promptdb.snapshot import Match
@@ -87,6 +88,7 @@ class Engine:
         self._watch = ModelWatch(model, known_weights_id)
         self._root: Root | None = None
         self._lock = threading.RLock()
+        self._num_computed = 0
         self._closed = False
         self.root  # noqa: B018 - identify, and register, before anything is computed
 
@@ -156,21 +158,27 @@ class Engine:
         known = registry.model(root.weights_id) or {}
         self._extender.cost = CostModel(known)
         # What was found exact by other versions is tried again.
-        probe = f"promptdb {__version__}, transformers {version('transformers')}, torch {version('torch')}"
-        if known.get("probed_with") != probe:
+        versions = f"promptdb {__version__}, transformers {version('transformers')}, torch {version('torch')}"
+        versions += f", {runner.attention} attention on {self.device.type}"
+        if known.get("probed_with") != versions:
             with plain_torch(self.device):
-                difference = runner.probe()
-            if difference > runner.probe_tolerance():
+                found = probe(runner)
+            if found.steps > found.tolerance:
                 raise UnsupportedModelError(
                     f"{runner.model_type} models are not supported: extending a prefix changes the logits by "
-                    f"{difference:.1e} of the largest",
+                    f"{found.steps:.1e} of the largest",
                     "its positions, mask or cache are not those of an ordinary decoder",
                 )
-            if math.isnan(difference):
-                probe = ""  # nothing can be told of a model whose logits are not finite; nor will they be stored
+            if math.isnan(found.steps):
+                versions = ""  # nothing can be told of a model whose logits are not finite; nor will they be stored
+            ways = found.exact_ways
+        else:
+            ways = frozenset(str(known.get("exact_ways", "")).split())
+        runner.exact_ways = ways
         if self.db.readonly:
             return
-        registry.add_model(root.weights_id, {**self._describe(), "probed_with": probe})
+        probed = {"probed_with": versions, "exact_ways": " ".join(sorted(ways))}
+        registry.add_model(root.weights_id, {**self._describe(), **probed})
         registry.add_tokenizer(
             root.tokenizer_id, {**self.encoder.registry_fields(), "name": type(self.tokenizer).__name__}
         )
@@ -243,31 +251,37 @@ class Engine:
             raise InputTypeError(f"logits is {logits!r}", 'choose "last" or "all"')
         began = perf_counter()
         self._check_open()
+        keep_all = logits == "all"
         with plain_torch(self.device):
             asked = self.tokenize(prompt)
             self._extender.storer.queue.raise_failures()
-            root = self.root
+            computed = self._num_computed
+            match = self._extender.match(self.root, asked.packed)
             self._extender.runner.check_mode()
-            if logits == "last":
-                found = self._hit(root, asked, began, store=store)
-                if found is not None:
-                    return found
+            found = None if keep_all else self._hit(match, asked, began, store=store)
+            if found is not None:
+                return found
             with self._lock:
-                return self._compute(asked, began, keep_all=logits == "all", store=store)
+                # Another thread may have computed it while this one waited.
+                known = match if computed == self._num_computed and not match.is_complete else None
+                return self._compute(known, asked, began, keep_all=keep_all, store=store)
 
-    def _hit(self, root: Root, asked: Prompt, began: float, *, store: bool) -> Representation | None:
-        match = self._extender.match(root, asked.packed)
-        return self._extender.hit(match, self._fetcher(root, asked, store=store), began, store=store)
+    def _hit(self, match: Match, asked: Prompt, began: float, *, store: bool) -> Representation | None:
+        return self._extender.hit(match, self._fetcher(match.root, asked, store=store), began, store=store)
 
-    def _compute(self, asked: Prompt, began: float, *, keep_all: bool, store: bool) -> Representation:
-        """Compute what is missing. Holds the lock; another thread may have computed it while this one waited."""
+    def _compute(
+        self, known: Match | None, asked: Prompt, began: float, *, keep_all: bool, store: bool
+    ) -> Representation:
+        """Compute what is missing. Holds the lock. ``known`` is what is stored of the prompt, if that was just seen."""
+        self._num_computed += 1
         for attempt in range(_ATTEMPTS):
-            root = self.root
-            if not keep_all:
-                found = self._hit(root, asked, began, store=store)
+            match = known
+            if match is None:
+                match = self._extender.match(self.root, asked.packed)
+                found = None if keep_all else self._hit(match, asked, began, store=store)
                 if found is not None:
                     return found
-            match = self._extender.match(root, asked.packed)
+            root, known = match.root, None
             if attempt == _ATTEMPTS - 1:  # whatever is wrong with what is stored: do without
                 match = Match(root, asked.packed, (), 0, has_logits=False, is_damaged=True)
             extended = self._extender.extend(

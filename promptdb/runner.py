@@ -18,6 +18,7 @@ from promptdb.errors import (
     TrainModeError,
     UnsupportedModelError,
 )
+from promptdb.masks import Masks
 
 # Positions computed in one pass. Longer suffixes are cut: logits of a pass take vocabulary x 4 bytes a position.
 MAX_PASS_TOKENS = 2048
@@ -27,7 +28,8 @@ _ROWS = 16
 # Regimes in which the frequencies of rotary embeddings depend on the length of the text.
 _LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope", "su")
 
-_PROBE_TOKENS = 24
+# A mask of our own for few tokens after many: transformers' own way to the same mask costs several milliseconds.
+_MOST_MASK_ELEMENTS = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,8 @@ class Runner:
         inner = model.get_base_model() if hasattr(model, "get_base_model") else model
         self._parameters = inspect.signature(inner.forward).parameters
         self._check_architecture(config, inner)
+        self.masks = Masks(model, config)
+        self._exact_ways: tuple[str, frozenset[str]] = ("", frozenset())
         # Whoever adds or replaces modules changes the model's identity, and gets another runner.
         self._modules = list(model.modules())
         self.check_mode()
@@ -104,6 +108,24 @@ class Runner:
         """Where the model's weights are."""
         device: torch.device = self.model.get_input_embeddings().weight.device
         return device
+
+    @property
+    def attention(self) -> str:
+        """The model's attention implementation now."""
+        return str(getattr(self.model.config, "_attn_implementation", ""))
+
+    @property
+    def exact_ways(self) -> frozenset[str]:
+        """Ways to run a tree of prompts that gave what one prompt at a time gives; see :mod:`promptdb.probe`.
+
+        None is known to be exact any more when the attention implementation has been changed.
+        """
+        attention, ways = self._exact_ways
+        return ways if attention == self.attention else frozenset()
+
+    @exact_ways.setter
+    def exact_ways(self, ways: frozenset[str]) -> None:
+        self._exact_ways = (self.attention, ways)
 
     def check_mode(self) -> None:
         """Raise if the model, or a part of it, is in train mode. Costs microseconds."""
@@ -147,7 +169,7 @@ class Runner:
             "torch": torch.__version__,
             "transformers": version("transformers"),
             "device": name,
-            "attention": str(getattr(self.model.config, "_attn_implementation", "")),
+            "attention": self.attention,
             "dtype": str(self.model.dtype).removeprefix("torch."),
         }
 
@@ -193,51 +215,94 @@ class Runner:
         return ForwardResult(torch.cat(logprobs).cpu(), kept, torch.cat(everything) if keep_all else None)
 
     def _forward(self, token_ids: torch.Tensor, cache: PromptCache, first: int, last: int) -> torch.Tensor:
-        inputs: dict[str, Any] = {
-            "input_ids": token_ids[None, first:last],
+        positions = torch.arange(first, last)
+        mask: torch.Tensor | dict[str, torch.Tensor]
+        if self._is_small(first, last):
+            everything = torch.arange(last)
+            mask = self.masks.build(everything[None, :] <= positions[:, None], positions, everything, self.device)
+        else:
             # The full-length mask and explicit positions: defaults differ between architectures and versions.
-            "attention_mask": torch.ones((1, last), dtype=torch.long, device=token_ids.device),
+            mask = torch.ones((1, last), dtype=torch.long, device=self.device)
+        return self._call(token_ids[None, first:last], mask, positions[None], cache)[0]
+
+    def _is_small(self, first: int, last: int) -> bool:
+        if not first or (last - first) * last > _MOST_MASK_ELEMENTS or "packed" not in self.exact_ways:
+            return False
+        most = self.masks.max_tokens()
+        return self.masks.can_build and (most is None or last <= most)
+
+    @torch.no_grad()
+    def packed(
+        self,
+        token_ids: torch.Tensor,
+        positions: torch.Tensor,
+        visible: torch.Tensor,
+        past: torch.Tensor,
+        cache: DynamicCache,
+    ) -> torch.Tensor:
+        """Compute m tokens of several prompts in one sequence; the cache of k tokens grows by them.
+
+        Parameters
+        ----------
+        token_ids, positions : ``[m]`` int64 on the CPU: the tokens, and their places in their prompts.
+        visible : ``[m, k + m]`` bool: which tokens of the cache, and which of these, each one sees.
+        past : ``[k]`` int64: places of the cache's tokens in their prompts.
+
+        Returns
+        -------
+        torch.Tensor
+            Logits ``[m, vocabulary]``, where the model is.
+        """
+        mask = self.masks.build(visible, positions, torch.cat((past, positions)), self.device)
+        return self._call(token_ids[None].to(self.device), mask, positions[None], cache)[0]
+
+    @torch.no_grad()
+    def batched(self, token_ids: torch.Tensor, first: int, cache: DynamicCache) -> torch.Tensor:
+        """Compute positions ``[first, first + m)`` of b prompts at once, on caches ``[b, ...]`` of ``first`` tokens.
+
+        Parameters
+        ----------
+        token_ids : ``[b, m]`` int64 on the CPU.
+
+        Returns
+        -------
+        torch.Tensor
+            Logits ``[b, m, vocabulary]``, where the model is.
+        """
+        count, new = token_ids.shape
+        mask = torch.ones((count, first + new), dtype=torch.long, device=self.device)
+        positions = torch.arange(first, first + new).expand(count, new)
+        return self._call(token_ids.to(self.device), mask, positions, cache)
+
+    def _call(
+        self,
+        input_ids: torch.Tensor,
+        mask: torch.Tensor | dict[str, torch.Tensor],
+        positions: torch.Tensor,
+        cache: DynamicCache,
+    ) -> torch.Tensor:
+        inputs: dict[str, Any] = {
+            "input_ids": input_ids,
+            "attention_mask": mask,
             "past_key_values": cache,
             "use_cache": True,
             "return_dict": True,
         }
         if "position_ids" in self._parameters:
-            inputs["position_ids"] = torch.arange(first, last, device=token_ids.device)[None]
+            inputs["position_ids"] = positions.to(self.device)
+        before, new = cache.get_seq_length(), input_ids.shape[1]
         output = self.model(**inputs)
         if output.past_key_values is not cache:
             raise UnsupportedModelError(
                 f"{self.model_type} models are not supported: they return a cache of their own",
             )
-        if cache.get_seq_length() != last:
+        if cache.get_seq_length() != before + new:
             raise UnsupportedModelError(
-                f"{self.model_type} models are not supported: {last - first} tokens grew the cache by "
-                f"{cache.get_seq_length() - first}",
+                f"{self.model_type} models are not supported: {new} tokens grew the cache by "
+                f"{cache.get_seq_length() - before}",
             )
-        logits: torch.Tensor = output.logits[0]
+        logits: torch.Tensor = output.logits
         return logits
-
-    @torch.no_grad()
-    def probe(self) -> float:
-        """Return the largest difference between a plain forward pass and the same tokens in three steps.
-
-        Relative to the largest logit; NaN if the model's logits are not finite. The plain pass is given nothing but the
-        tokens: a position, mask or cache that an architecture reads in another way is silent otherwise.
-
-        Notes
-        -----
-        Cost: two forward passes of 24 tokens.
-        """
-        generator = torch.Generator().manual_seed(0)
-        count = min(_PROBE_TOKENS, self.max_tokens or _PROBE_TOKENS)
-        token_ids = torch.randint(0, self.vocabulary, (count,), generator=generator)
-        plain = self.model(input_ids=token_ids[None].to(self.device), use_cache=False).logits[0].float()
-        steps = self.extend(token_ids, PromptCache(count), 0, set(), keep_all=True, pass_tokens=count // 3 + 1)
-        difference = (torch.as_tensor(steps.all_logits).float() - plain).abs().max()
-        return float(difference / plain.abs().max().clamp_min(1e-30))
-
-    def probe_tolerance(self) -> float:
-        """Return what :meth:`probe` may return for a model that extends exactly: rounding, and no more."""
-        return 1e-4 if self.model.dtype in (torch.float32, torch.float64) else 5e-2
 
 
 def token_logprobs(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,145 @@
+"""Is a model computed exactly in steps, and which ways to run a tree of prompts give what one prompt at a time gives?
+
+A position, mask or cache that an architecture reads in another way is silent otherwise.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from transformers.cache_utils import DynamicCache
+
+from promptdb.cache import PromptCache
+from promptdb.runner import Runner
+
+_TOKENS = 24
+# Two branches after a trunk, the first of which has two branches again: parent and tokens of each segment.
+_TREE = ((-1, 9), (0, 5), (1, 3), (1, 4), (0, 3))
+
+WAYS = ("packed", "batched")
+
+# Logits by the tokens of the tree that they stand after.
+_Rows = list[tuple[list[int], torch.Tensor]]
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Largest differences from plain forward passes, relative to the largest logit.
+
+    Attributes
+    ----------
+    steps : of a prompt computed in three steps; NaN if the model's logits are not finite.
+    ways : of a tree of prompts, by way; infinite where the way does not work at all.
+    tolerance : what counts as equal: rounding, and no more.
+    """
+
+    steps: float
+    ways: dict[str, float]
+    tolerance: float
+
+    @property
+    def exact_ways(self) -> frozenset[str]:
+        """The ways that may be used."""
+        return frozenset(way for way, difference in self.ways.items() if difference <= self.tolerance)
+
+
+@torch.no_grad()
+def probe(runner: Runner) -> Probe:
+    """Try a model on a few tokens.
+
+    Notes
+    -----
+    Cost: about ten forward passes of 24 tokens. Not thread safe, as models are not.
+    """
+    tolerance = 1e-4 if runner.model.dtype in (torch.float32, torch.float64) else 5e-2
+    steps = _steps(runner)
+    if math.isnan(steps) or steps > tolerance:
+        return Probe(steps, {}, tolerance)
+    ways = {way: _difference(runner, run) for way, run in (("packed", _packed), ("batched", _batched))}
+    return Probe(steps, ways, tolerance)
+
+
+def _steps(runner: Runner) -> float:
+    """Compare a plain pass, which is given nothing but the tokens, with the same tokens in three steps."""
+    count = min(_TOKENS, runner.max_tokens or _TOKENS)
+    token_ids = _random_tokens(runner, count)
+    plain = _plain(runner, token_ids)
+    steps = runner.extend(token_ids, PromptCache(count), 0, set(), keep_all=True, pass_tokens=count // 3 + 1)
+    return _distance(torch.as_tensor(steps.all_logits), plain)
+
+
+def _random_tokens(runner: Runner, count: int) -> torch.Tensor:
+    return torch.randint(0, runner.vocabulary, (count,), generator=torch.Generator().manual_seed(0))
+
+
+def _plain(runner: Runner, token_ids: torch.Tensor) -> torch.Tensor:
+    logits: torch.Tensor = runner.model(input_ids=token_ids[None].to(runner.device), use_cache=False).logits[0]
+    return logits.float()
+
+
+def _distance(logits: torch.Tensor, plain: torch.Tensor) -> float:
+    return float((logits.float() - plain).abs().max() / plain.abs().max().clamp_min(1e-30))
+
+
+def _difference(runner: Runner, run: Callable[[Runner, torch.Tensor], _Rows]) -> float:
+    """Return the largest difference of a way's logits of the tree from plain passes over its paths."""
+    token_ids = _random_tokens(runner, sum(count for _, count in _TREE))
+    if runner.max_tokens is not None and runner.max_tokens < len(token_ids):
+        return math.inf
+    paths = _paths()
+    expected: dict[int, torch.Tensor] = {}
+    for path in paths:
+        rows = _plain(runner, token_ids[path])
+        expected.update(zip(path, rows, strict=True))
+    try:
+        found = run(runner, token_ids)
+    except Exception:  # noqa: BLE001 - whatever it raises: this way is not for this architecture
+        return math.inf
+    return max(_distance(logits, torch.stack([expected[token] for token in tokens])) for tokens, logits in found)
+
+
+def _paths() -> list[list[int]]:
+    """Return, for each segment of the tree, the tokens from the root to its end."""
+    paths: list[list[int]] = []
+    first = 0
+    for parent, count in _TREE:
+        before = paths[parent] if parent >= 0 else []
+        paths.append([*before, *range(first, first + count)])
+        first += count
+    return paths
+
+
+def _packed(runner: Runner, token_ids: torch.Tensor) -> _Rows:
+    """Run the whole tree in one sequence, and all after the trunk on top of the trunk."""
+    if not runner.masks.can_build:
+        raise NotImplementedError
+    total = len(token_ids)
+    visible, positions = torch.zeros((total, total), dtype=torch.bool), torch.zeros(total, dtype=torch.long)
+    for path in _paths():
+        for place, token in enumerate(path):
+            visible[token, path[: place + 1]] = True
+            positions[token] = place
+    found = []
+    for trunk in (0, _TREE[0][1]):
+        cache = PromptCache(total)
+        if trunk:
+            runner.extend(token_ids[:trunk], cache, 0, set())
+        logits = runner.packed(token_ids[trunk:], positions[trunk:], visible[trunk:], positions[:trunk], cache)
+        found.append((list(range(trunk, total)), logits))
+    return found
+
+
+def _batched(runner: Runner, token_ids: torch.Tensor) -> _Rows:
+    """Run the trunk twice at once, and then the first tokens of its two branches at once."""
+    trunk = _TREE[0][1]
+    starts = [sum(count for _, count in _TREE[:number]) for number, (parent, _) in enumerate(_TREE) if parent == 0]
+    new = min(count for parent, count in _TREE if parent == 0)
+    cache = DynamicCache()
+    rows = runner.batched(token_ids[:trunk].repeat(2, 1), 0, cache)
+    branches = torch.stack([token_ids[start : start + new] for start in starts])
+    logits = runner.batched(branches, trunk, cache)
+    found = [(list(range(trunk)), row) for row in rows]
+    return found + [(list(range(start, start + new)), row) for start, row in zip(starts, logits, strict=True)]
