@@ -1,10 +1,11 @@
-"""What a put and a removal do inside their transaction."""
+"""Puts and removals: what is made before their transaction, and what they do inside."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from promptdb.errors import PromptError
 from promptdb.format import (
@@ -22,7 +23,7 @@ from promptdb.format import (
 )
 from promptdb.keys import TOKEN_BYTES, PrefixHasher, Root, node_id, num_tokens
 from promptdb.snapshot import Snapshot, Verified, logits_owner, pack_logits
-from promptdb.tables import Reader, Writer
+from promptdb.tables import Index, Reader, Writer
 from promptdb.trie import attach, detach, match
 
 Bytes = bytes | bytearray | memoryview
@@ -41,6 +42,28 @@ class SpanPayload:
 
 
 @dataclass(frozen=True)
+class PutRequest:
+    """One put: new spans of a prompt of n tokens, and logits.
+
+    Parameters
+    ----------
+    root : identity that the spans were computed with.
+    packed : the prompt's packed tokens.
+    start : position that the first new span starts at; ``[0, start)`` should be stored already, or be stored by a
+        request that comes before this one.
+    encode : returns the spans that tile ``[position, n)``; called with ``start``, and again with a later position if
+        somebody stored a part of the first span meanwhile. Never called inside a transaction.
+    logits : by position i, a blob with next-token logits after ``[0, i)``.
+    """
+
+    root: Root
+    packed: bytes
+    start: int
+    encode: Callable[[int], Sequence[SpanPayload]]
+    logits: Mapping[int, Bytes] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class PutReport:
     """What a put did: spans and tokens that were new, and bytes written for them."""
 
@@ -51,10 +74,17 @@ class PutReport:
 
 
 class OverlapError(Exception):
-    """Somebody stored a part of the first span meanwhile: encode again from ``position``."""
+    """Somebody stored a part of a span meanwhile: encode again from ``position``."""
 
     def __init__(self, position: int) -> None:
         self.position = position
+
+
+class _OverlapsError(Exception):
+    """Puts of a transaction, by their number, that have to be encoded again from a position."""
+
+    def __init__(self, positions: Mapping[int, int]) -> None:
+        self.positions = positions
 
 
 def check_packed(packed: bytes) -> None:
@@ -92,38 +122,99 @@ def add_to_totals(writer: Writer, root: Root, nodes: int, tokens: int, size_byte
         writer.delete(ROOTS, root.digest)
 
 
-def put_spans(
-    writer: Writer,
-    root: Root,
-    packed: bytes,
-    spans: Sequence[SpanPayload],
-    logits: Mapping[int, Bytes],
-    checksums: dict[tuple[int, str], bytes],
-) -> PutReport:
-    """Store what is not stored yet, and say how much that was; see :meth:`promptdb.PromptDB.put`."""
+class _Span(NamedTuple):
+    payload: SpanPayload
+    child_hash: bytes
+    tokens: bytes
+    node: bytes
+    blobs: Mapping[str, BlobEntry]
+
+
+class _Prepared:
+    """A request with all that can be computed before the transaction: other writers wait for that one.
+
+    Raises
+    ------
+    PromptError
+        Tokens, spans or positions that do not fit each other.
+    """
+
+    def __init__(self, request: PutRequest) -> None:
+        check_packed(request.packed)
+        total = num_tokens(request.packed)
+        self.request = request
+        self.spans: list[_Span] = []
+        self.encode_from(request.start)
+        if any(not 1 <= position <= total for position in request.logits):
+            raise PromptError(f"logits after {sorted(request.logits)} tokens of a prompt of {total}")
+
+    def encode_from(self, position: int) -> None:
+        """Make the spans from ``position`` on."""
+        root, packed = self.request.root, self.request.packed
+        # What ends before an overlap stays: it may be this put's own, with spans that stood on it before.
+        self.spans = [span for span in self.spans if span.payload.end <= position]
+        hasher = PrefixHasher(root.digest, packed)
+        for payload in check_spans(self.request.encode(position), position, packed):
+            child_hash = hasher.at(payload.start)
+            tokens = packed[payload.start * TOKEN_BYTES : payload.end * TOKEN_BYTES]
+            node = node_id(child_hash, tokens)
+            blobs = {
+                kind: BlobEntry(len(blob), checksum(node + kind.encode(), blob)) for kind, blob in payload.blobs.items()
+            }
+            self.spans.append(_Span(payload, child_hash, tokens, node, blobs))
+
+
+def put_all(index: Index, requests: Sequence[PutRequest]) -> list[PutReport]:
+    """Store what is not stored yet in one transaction; see :meth:`promptdb.PromptDB.put_many`."""
+    if not requests:
+        return []
+    puts = [_Prepared(request) for request in requests]
+    while True:
+        try:
+            return index.transact(lambda writer: _put_in_order(writer, puts))
+        except _OverlapsError as overlaps:
+            for number, position in overlaps.positions.items():
+                puts[number].encode_from(position)
+
+
+def _put_in_order(writer: Writer, puts: Sequence[_Prepared]) -> list[PutReport]:
+    reports, overlaps = [], {}
+    for number, put in enumerate(puts):
+        try:
+            reports.append(_put(writer, put))
+        except OverlapError as overlap:
+            # It goes on, so that one more attempt is enough, however many overlap.
+            overlaps[number] = overlap.position
+    if overlaps:
+        raise _OverlapsError(overlaps)
+    # Once per root: with every put they would be half of the work of a small one.
+    new: dict[Root, list[PutReport]] = {}
+    for put, report in zip(puts, reports, strict=True):
+        new.setdefault(put.request.root, []).append(report)
+    for root, added in new.items():
+        nodes, tokens = sum(each.num_spans for each in added), sum(each.num_tokens for each in added)
+        size_bytes = sum(each.num_bytes for each in added)
+        if nodes or size_bytes:
+            add_to_totals(writer, root, nodes, tokens, size_bytes)
+    return reports
+
+
+def _put(writer: Writer, put: _Prepared) -> PutReport:
+    root, packed = put.request.root, put.request.packed
     walk = match(writer, root.digest, packed)
     covered = walk.num_tokens
     owner = walk.steps[-1].node if walk.steps else b""
     written = tokens = size_bytes = 0
-    hasher = PrefixHasher(root.digest, packed)
-    for position, span in enumerate(spans):
+    for position, (span, child_hash, ids, node, entries) in enumerate(put.spans):
         if span.end <= covered:
             continue
         if span.start < covered:
+            _enter(writer, put, covered)
             raise OverlapError(covered)
         if span.start > covered:
-            return _finish(writer, root, PutReport(written, tokens, size_bytes, len(spans) - position))
-        child_hash = hasher.at(span.start)
-        ids = packed[span.start * TOKEN_BYTES : span.end * TOKEN_BYTES]
-        node = node_id(child_hash, ids)
-        entries = {}
+            return PutReport(written, tokens, size_bytes, len(put.spans) - position)
         for kind, blob in span.blobs.items():
-            key = node + kind.encode()
-            # The transaction may run twice, when the map has to grow: the checksum is computed once.
-            if (span.start, kind) not in checksums:
-                checksums[span.start, kind] = checksum(key, blob)
-            entries[kind] = BlobEntry(len(blob), checksums[span.start, kind])
-            writer.put(BLOBS, key, blob)
+            writer.put(BLOBS, node + kind.encode(), blob)
         record = NodeRecord(
             root, owner, child_hash, span.start, ids, span.layout, entries, time.time(), span.compute_s, span.provenance
         )
@@ -134,7 +225,7 @@ def put_spans(
         walk = match(writer, root.digest, packed, span.end)
         covered = walk.num_tokens
         owner = walk.steps[-1].node if walk.steps else node
-    for position, blob in sorted(logits.items()):
+    for position, blob in sorted(put.request.logits.items()):
         if position <= covered:
             digest = PrefixHasher(root.digest, packed).at(position)
             if writer.get(LOGITS, digest) is None:
@@ -142,13 +233,15 @@ def put_spans(
                 value = pack_logits(digest, holder, blob)
                 writer.put(LOGITS, digest, value)
                 size_bytes += len(value)
-    return _finish(writer, root, PutReport(written, tokens, size_bytes))
+    return PutReport(written, tokens, size_bytes)
 
 
-def _finish(writer: Writer, root: Root, report: PutReport) -> PutReport:
-    if report.num_spans or report.num_bytes:
-        add_to_totals(writer, root, report.num_spans, report.num_tokens, report.num_bytes)
-    return report
+def _enter(writer: Writer, put: _Prepared, position: int) -> None:
+    """Enter what an attempt that fails would have stored from ``position`` on: the puts after it may meet it."""
+    packed = put.request.packed
+    digest = PrefixHasher(put.request.root.digest, packed).at(position)
+    tokens = packed[position * TOKEN_BYTES : put.spans[-1].payload.end * TOKEN_BYTES]
+    attach(writer, digest, tokens, node_id(digest, tokens))
 
 
 def _logits_of(reader: Reader, node: bytes, record: NodeRecord, prefix: bytes | None) -> list[tuple[bytes, int]]:

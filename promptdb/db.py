@@ -11,13 +11,12 @@ from typing import TYPE_CHECKING, Self
 
 from promptdb.commits import (
     Bytes,
-    OverlapError,
     PutReport,
+    PutRequest,
     SpanPayload,
     add_to_totals,
     check_packed,
-    check_spans,
-    put_spans,
+    put_all,
     remove_span,
 )
 from promptdb.errors import (
@@ -25,7 +24,6 @@ from promptdb.errors import (
     InputTypeError,
     NodeNotFoundError,
     NotAStoreError,
-    PromptError,
 )
 from promptdb.format import (
     LOGITS,
@@ -35,7 +33,7 @@ from promptdb.format import (
     NodeRecord,
     unpack_root,
 )
-from promptdb.keys import TOKEN_BYTES, Root, num_tokens, pack_tokens
+from promptdb.keys import TOKEN_BYTES, Root, pack_tokens
 from promptdb.memory import MemoryIndex
 from promptdb.opening import check_options, default_path, open_index, read_settings
 from promptdb.registry import Registry
@@ -333,21 +331,31 @@ class PromptDB:
         -----
         One transaction. Thread safe; writers of all processes take turns.
         """
-        check_packed(packed)
-        spans = check_spans(encode(start), start, packed)
-        if any(not 1 <= position <= num_tokens(packed) for position in logits or ()):
-            raise PromptError(f"logits after {sorted(logits or ())} tokens of a prompt of {num_tokens(packed)}")
-        checksums: dict[tuple[int, str], bytes] = {}
-        while True:
-            try:
-                return self._index.transact(
-                    lambda writer: put_spans(writer, root, packed, spans, logits or {}, checksums)  # noqa: B023
-                )
-            except OverlapError as overlap:
-                # What ends before the overlap stays: it may be this put's own, with spans that stood on it before.
-                kept = [span for span in spans if span.end <= overlap.position]
-                spans = kept + check_spans(encode(overlap.position), overlap.position, packed)
-                checksums.clear()
+        return self.put_many([PutRequest(root, packed, start, encode, logits or {})])[0]
+
+    def put_many(self, requests: Sequence[PutRequest]) -> list[PutReport]:
+        """Store spans of many prompts in order, all together or not at all, durably.
+
+        Parameters
+        ----------
+        requests : as the arguments of :meth:`put`. One may stand on spans that one before it stores.
+
+        Returns
+        -------
+        list of PutReport
+            One for each request.
+
+        Raises
+        ------
+        ReadOnlyStoreError, StoreFullError, StoreError, PromptError
+            As :meth:`put`; nothing of any request is visible.
+
+        Notes
+        -----
+        One transaction, and so one wait for the disk, whatever the number of requests; other writers wait for all of
+        it. All spans are in memory at once. Thread safe.
+        """
+        return put_all(self._index, requests)
 
     def remove(self, node: bytes, *, only: bool = False) -> int:
         """Remove a stored span and everything that stands on it; return how many spans went.

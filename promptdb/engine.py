@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from time import perf_counter
 from types import TracebackType
@@ -12,17 +13,20 @@ from typing import Any
 
 import torch
 
+from promptdb import batch, scoring
 from promptdb.ambient import plain_torch
+from promptdb.batch import BatchLimits, Progress, Result
 from promptdb.cache import PromptCache
 from promptdb.cost import CostModel
 from promptdb.db import PromptDB
 from promptdb.errors import InputTypeError, ModelError, StoreError, UnsupportedModelError
 from promptdb.explain import Explanation, explain
-from promptdb.extender import Extender, Fetch
-from promptdb.keys import Root
+from promptdb.extender import Extender, Fetch, nothing_found
+from promptdb.keys import Root, unpack_tokens
 from promptdb.probe import probe
 from promptdb.representation import Representation
 from promptdb.runner import Runner
+from promptdb.scoring import Classification, Score
 from promptdb.snapshot import Match
 from promptdb.tokenizer_identity import tokenizer_id
 from promptdb.tokens import Encoder, Prompt, as_prompt
@@ -283,7 +287,7 @@ class Engine:
                     return found
             root, known = match.root, None
             if attempt == _ATTEMPTS - 1:  # whatever is wrong with what is stored: do without
-                match = Match(root, asked.packed, (), 0, has_logits=False, is_damaged=True)
+                match = nothing_found(root, asked.packed)
             extended = self._extender.extend(
                 asked,
                 match,
@@ -355,6 +359,117 @@ class Engine:
         from promptdb.generation import generate
 
         return generate(self, prompt, hf_kwargs)
+
+    # Many prompts
+
+    def run(
+        self,
+        prompts: Iterable[Any],
+        *,
+        store: bool = True,
+        limits: BatchLimits | None = None,
+        on_progress: Callable[[Progress], None] | None = None,
+    ) -> Iterator[Representation]:
+        """Yield the representation of every prompt, in order; each distinct missing token is computed once.
+
+        Parameters
+        ----------
+        prompts : any iterable of what :meth:`get` takes, of any size; read as needed.
+        store : keep what is computed. Without it, tokens are shared within a window only.
+        limits : how much is planned, run and held at once; by default what suits the device.
+        on_progress : called as tokens are loaded and computed, from the thread that takes the results.
+
+        Raises
+        ------
+        As :meth:`get`. What was computed before is stored.
+
+        Notes
+        -----
+        Memory is bounded by the limits, whatever the number of prompts. ``tokens_computed`` counts a shared token for
+        the first prompt that has it. A strict engine takes one prompt after the other. See docs/batches.md.
+        """
+        results = batch.run(self, prompts, store=store, limits=limits, on_progress=on_progress)
+        return (self._represent(result, store=store) for result in results)
+
+    def _represent(self, result: Result, *, store: bool) -> Representation:
+        assert result.logits is not None
+        return Representation(
+            token_ids=tuple(unpack_tokens(result.asked.packed)),
+            logits=result.logits,
+            token_logprobs=result.scores.logprobs[1:],
+            greedy_ids=result.scores.greedy_ids[1:],
+            tokens_loaded=result.tokens_loaded,
+            tokens_computed=result.tokens_computed,
+            lookup_s=result.lookup_s,
+            compute_s=result.compute_s,
+            _fetch=self._fetcher(result.root, result.asked, store=store),
+        )
+
+    def score(
+        self,
+        items: Iterable[Any],
+        *,
+        store: bool = True,
+        limits: BatchLimits | None = None,
+        on_progress: Callable[[Progress], None] | None = None,
+    ) -> Iterator[Score]:
+        """Yield the log-probability of every continuation given its context, in order. Otherwise as :meth:`run`.
+
+        Parameters
+        ----------
+        items : pairs (context, continuation), both text (a context may also be a list of pieces, or a ``Text``) or both
+            token IDs. Text is tokenised as a whole.
+
+        Raises
+        ------
+        EmptyPromptError
+            A context or a continuation has no tokens.
+
+        Examples
+        --------
+        >>> pairs = [("The sky is", " blue"), ("The sky is", " high")]
+        >>> [score.logprob for score in engine.score(pairs)]  # doctest: +SKIP
+        """
+        return scoring.score(self, items, store=store, limits=limits, on_progress=on_progress)
+
+    def classify(
+        self,
+        context: Any,
+        choices: Sequence[str],
+        prior: Mapping[str, float] | Sequence[float] | None = None,
+        *,
+        normalization: str = "none",
+    ) -> Classification:
+        """Return which choice continues a context best: probabilities from the log-probabilities of the choices.
+
+        Parameters
+        ----------
+        context : text, or pieces of text.
+        choices : k different continuations.
+        prior : weights of the choices, k positive numbers or by choice; equal by default.
+        normalization : divide a choice's log-probability by its number of ``"tokens"`` or ``"bytes"``, or ``"none"``.
+        """
+        return next(self.classify_many([context], choices, prior, normalization=normalization))
+
+    def classify_many(
+        self,
+        contexts: Iterable[Any],
+        choices: Sequence[str],
+        prior: Mapping[str, float] | Sequence[float] | None = None,
+        *,
+        normalization: str = "none",
+    ) -> Iterator[Classification]:
+        """Yield the classification of every context, in order; see :meth:`classify` and :meth:`run`."""
+        return scoring.classify(self, contexts, choices, prior=prior, normalization=normalization)
+
+    def generate_many(self, prompts: Iterable[Any], **hf_kwargs: Any) -> Iterator[Any]:
+        """Yield what ``model.generate`` returns for every prompt, in order; see :meth:`generate`.
+
+        The prompts are computed as one tree, as by :meth:`run`; then each is continued by itself, from its stored keys
+        and values, so that a prompt gives what it gives alone.
+        """
+        for result in self.run(prompts):
+            yield self.generate(list(result.token_ids), **hf_kwargs)
 
     # Ending
 

@@ -4,7 +4,7 @@ it is."""
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from time import perf_counter
 from typing import TYPE_CHECKING
@@ -18,7 +18,8 @@ from promptdb.format import Layout
 from promptdb.keys import Root, common_prefix, num_tokens, unpack_tokens
 from promptdb.loader import Loader
 from promptdb.representation import Representation
-from promptdb.runner import Runner, token_logprobs
+from promptdb.runner import Runner, token_scores
+from promptdb.scores import TokenScores
 from promptdb.snapshot import Match
 from promptdb.storer import Storer
 from promptdb.tokens import Prompt
@@ -43,13 +44,18 @@ class Held:
     root: Root
     packed: bytes
     cache: PromptCache
-    logprobs: torch.Tensor  # [n], NaN first
+    scores: TokenScores
     logits: torch.Tensor  # [vocabulary], after the last token
     is_stored: bool  # or about to be
 
     def shared_tokens(self, root: Root, packed: bytes) -> int:
         """Return how many tokens of a prompt are held."""
         return common_prefix(self.packed, packed) if self.root == root else 0
+
+
+def nothing_found(root: Root, packed: bytes) -> Match:
+    """Return the match of a prompt of which nothing may be believed: all is computed, and nothing stored."""
+    return Match(root, packed, (), 0, has_logits=False, is_damaged=True)
 
 
 class Extender:
@@ -70,12 +76,12 @@ class Extender:
         self.storer = Storer(db, write_behind=write_behind)
         self.held: Held | None = None
         self._strict = strict
-        self._loader = Loader(db)
-        self._layout: Layout = ()
+        self.loader = Loader(db)
+        self.layout: Layout = ()
 
     def replace_runner(self, runner: Runner) -> None:
         """Go on with a model that has changed."""
-        self.runner, self._layout, self.held = runner, (), None
+        self.runner, self.layout, self.held = runner, (), None
 
     # Looking up
 
@@ -97,13 +103,17 @@ class Extender:
         return self._strictly(match) if self._strict and not match.is_damaged else match
 
     def _match(self, root: Root, packed: bytes) -> Match:
+        return self.match_all(root, [packed])[0]
+
+    def match_all(self, root: Root, prompts: Sequence[bytes]) -> list[Match]:
+        """Find what is stored of many prompts at one moment. Does not wait for what is being written."""
         try:
             with self.db.read() as snapshot:
-                return snapshot.match(root, packed)
+                return [snapshot.match(root, packed) for packed in prompts]
         except CorruptDataError as error:
             # Only the whole store can be put right, which is not a lookup's business.
             logger.warning("the index is damaged, so nothing is found and nothing stored: %s", error)
-            return Match(root, packed, (), 0, has_logits=False, is_damaged=True)
+            return [nothing_found(root, packed) for packed in prompts]
 
     def _strictly(self, match: Match) -> Match:
         """Cut a match off where a span was not computed the same way, or not in one pass."""
@@ -139,20 +149,21 @@ class Extender:
         looked_up = perf_counter()
         held, found = self.held, None
         if match.is_complete:
-            found = self._loader.complete(match, self.runner.device)
+            found = self.loader.complete(match, self.runner.device)
         elif (
             held is not None
             and (held.root, held.packed) == (match.root, match.packed)
             and (held.is_stored or not store or self.db.readonly)
         ):
-            found = held.logits.clone(), held.logprobs.clone()
+            found = held.logits.clone(), held.scores.clone()
         if found is None:
             return None
         token_ids = tuple(unpack_tokens(match.packed))
         return Representation(
             token_ids=token_ids,
             logits=found[0],
-            token_logprobs=found[1][1:],
+            token_logprobs=found[1].logprobs[1:],
+            greedy_ids=found[1].greedy_ids[1:],
             tokens_loaded=len(token_ids),
             tokens_computed=0,
             lookup_s=looked_up - began,
@@ -192,7 +203,7 @@ class Extender:
         prefix = self._prefix(match, total, from_start=keep_all or self._strict)
         if prefix is None:
             return None
-        start, cache, logprobs, first_new = prefix
+        start, cache, scores, first_new = prefix
         load_s = perf_counter() - looked_up
 
         computing = perf_counter()
@@ -200,8 +211,8 @@ class Extender:
         # Logits at the ends of spans, and where this prompt parts from a stored one: the next branch starts there.
         wanted = {end - 1 for _, end in spans} | {total - 1, first_new - 1}
         result = runner.extend(token_ids, cache, start, {at for at in wanted if at >= start}, keep_all=keep_all)
-        logprobs[start + 1 :] = result.logprobs
-        if torch.isnan(logprobs[1:]).any():
+        scores[start + 1 :] = result.scores
+        if torch.isnan(scores.logprobs[1:]).any():
             raise NonFiniteError(
                 "the log-probabilities hold NaN; nothing was stored", "check the model's weights and dtype"
             )
@@ -211,7 +222,7 @@ class Extender:
             return None
 
         storing = perf_counter()
-        self._layout = layout = layout_of(cache)
+        self.layout = layout = layout_of(cache)
         is_stored = store and not self.db.readonly and not match.is_damaged
         if is_stored:
             self.cost.sized(bytes_per_token(layout))
@@ -226,18 +237,20 @@ class Extender:
                 asked.packed,
                 spans,
                 cache,
-                logprobs,
+                scores,
                 result.logits,
                 compute_s_per_token=compute_s / (total - start),
                 provenance=provenance,
             )
         last = result.logits[total - 1]
-        self.held = Held(root, asked.packed, cache, logprobs, last, is_stored)
+        self.held = Held(root, asked.packed, cache, scores, last, is_stored)
+        kept = scores[1:].clone()
         return Representation(
             token_ids=tuple(unpack_tokens(asked.packed)),
             # Copies: what the caller does with them must not reach what is held.
             logits=last.clone() if result.all_logits is None else result.all_logits,
-            token_logprobs=logprobs[1:].clone(),
+            token_logprobs=kept.logprobs,
+            greedy_ids=kept.greedy_ids,
             tokens_loaded=start,
             tokens_computed=total - start,
             lookup_s=looked_up - began,
@@ -249,44 +262,44 @@ class Extender:
 
     def _prefix(
         self, match: Match, total: int, *, from_start: bool
-    ) -> tuple[int, PromptCache, torch.Tensor, int] | None:
-        """Return where computing starts, the cache and log-probabilities before it, and the first token to store.
+    ) -> tuple[int, PromptCache, TokenScores, int] | None:
+        """Return where computing starts, the cache and scores before it, and the first token to store.
 
-        The log-probability of the first computed token needs the logits after the token before it. Where those are not
-        at hand, and where a full hit lacks its last logits, one token is computed again.
+        The scores of the first computed token need the logits after the token before it. Where those are not at hand,
+        and where a full hit lacks its last logits, one token is computed again.
         """
         runner, capacity = self.runner, total + SPARE_TOKENS
-        logprobs = torch.full((total,), float("nan"), dtype=torch.float32, device="cpu")
+        scores = TokenScores.unknown(total)
         held, known = self.held, match.num_tokens
         shared = 0 if from_start else self._held_tokens(match.root, match.packed)
         before: torch.Tensor | None = None
         if held is not None and shared > known:
-            if shared == len(held.logprobs) < total:
+            if shared == len(held.scores) < total:
                 before = held.logits.cpu()
             known, first_new = shared, shared if held.is_stored else match.num_tokens
         else:
             held, first_new = None, match.num_tokens
             if not from_start and known < total:
-                before = self._loader.logits(match)
+                before = self.loader.logits(match)
         start = known if before is not None else max(0, known - 1)
         if from_start or (held is None and not self.cost.should_load(start)):
             start = 0
         if start == 0:
             cache = PromptCache(capacity)
-            if self._layout:  # known from the last computation: one tensor per group of layers, not two per layer
-                cache = PromptCache.of_layout(self._layout, 0, capacity, runner.device)
+            if self.layout:  # known from the last computation: one tensor per group of layers, not two per layer
+                cache = PromptCache.of_layout(self.layout, 0, capacity, runner.device)
         elif held is not None:
             cache = held.cache.copy(start, capacity)
-            logprobs[:known] = held.logprobs[:known]
+            scores[:known] = held.scores[:known]
         else:
-            loaded = self._loader.prefix(match, start, capacity, runner.device, self.cost)
+            loaded = self.loader.prefix(match, start, capacity, runner.device, self.cost)
             if loaded is None:
                 return None
-            cache, logprobs[:known] = loaded
+            cache, scores[:known] = loaded
         if start and before is not None:
             token = unpack_tokens(match.packed[4 * known : 4 * known + 4])[0]
-            logprobs[known] = token_logprobs(before[None], torch.tensor([token], device="cpu"))[0]
-        return start, cache, logprobs, first_new
+            scores[known : known + 1] = token_scores(before[None], torch.tensor([token], device="cpu"))
+        return start, cache, scores, first_new
 
     # Keys and values
 
@@ -300,5 +313,5 @@ class Extender:
         if match.num_tokens < num_tokens:
             return None
         capacity = num_tokens + SPARE_TOKENS
-        loaded = self._loader.prefix(match, num_tokens, capacity, self.runner.device, self.cost)
+        loaded = self.loader.prefix(match, num_tokens, capacity, self.runner.device, self.cost)
         return None if loaded is None else loaded[0]

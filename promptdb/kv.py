@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,6 +13,7 @@ from promptdb.buffers import POOL
 from promptdb.cache import DTYPE_NAMES, TORCH_DTYPES, PromptCache
 from promptdb.errors import CorruptDataError, NonFiniteError
 from promptdb.format import KV_BLOB, LOGPROBS_BLOB, Layout
+from promptdb.scores import TokenScores
 from promptdb.staging import copy_to_device
 
 if TYPE_CHECKING:
@@ -49,14 +50,13 @@ def bytes_of(tensor: torch.Tensor) -> bytes:
 
 
 def encode_span(
-    cache: PromptCache, layout: Layout, start: int, end: int, logprobs: torch.Tensor
+    cache: PromptCache, layout: Layout, start: int, end: int, scores: TokenScores
 ) -> dict[str, memoryview | bytearray]:
     """Return the blobs of positions ``[start, end)``: one copy, from the cache into pooled memory.
 
     Parameters
     ----------
-    logprobs : ``[end - start]`` float32: log-probability of each token given those before it, in nats; NaN for the
-        prompt's first.
+    scores : those of the ``end - start`` tokens.
 
     Raises
     ------
@@ -79,11 +79,14 @@ def encode_span(
             for at, slot in enumerate(group.slots):
                 target[at].copy_(cache.slot(slot)[0, :, start:end])
         _check_finite(target, number)
-    values = bytes_of(logprobs.to(torch.float32))
-    return {
-        KV_BLOB: blob,
-        LOGPROBS_BLOB: build_blob([(TensorSpec("token_logprobs", "F32", (tokens,)), values)]),
-    }
+    return {KV_BLOB: blob, LOGPROBS_BLOB: _encode_scores(bytes_of(scores.logprobs), bytes_of(scores.greedy_ids))}
+
+
+def _encode_scores(logprobs: bytes | memoryview, greedy_ids: bytes | memoryview) -> bytearray:
+    shape = (len(logprobs) // 4,)
+    return build_blob(
+        [(TensorSpec("token_logprobs", "F32", shape), logprobs), (TensorSpec("greedy_ids", "I32", shape), greedy_ids)]
+    )
 
 
 def _check_finite(tensor: torch.Tensor, number: int) -> None:
@@ -121,9 +124,9 @@ def trim_blobs(
     for number, group in enumerate(layout):
         kept = tensor_of(kv[f"kv.{number}"])[:, :, skip:].contiguous()
         tensors.append((TensorSpec(f"kv.{number}", group.dtype, group.span_shape(tokens)), bytes_of(kept)))
-    logprobs = parse_blob(blobs[LOGPROBS_BLOB])["token_logprobs"].data[4 * skip :]
-    spec = TensorSpec("token_logprobs", "F32", (len(logprobs) // 4,))
-    return {KV_BLOB: build_blob(tensors), LOGPROBS_BLOB: build_blob([(spec, logprobs)])}
+    scores = parse_blob(blobs[LOGPROBS_BLOB])
+    logprobs, greedy_ids = scores["token_logprobs"].data[4 * skip :], scores["greedy_ids"].data[4 * skip :]
+    return {KV_BLOB: build_blob(tensors), LOGPROBS_BLOB: _encode_scores(logprobs, greedy_ids)}
 
 
 def load_cache(
@@ -142,57 +145,113 @@ def load_cache(
     CorruptDataError
         A record or blob does not hold. ``node`` of the error names it.
     """
-    cache: PromptCache | None = None
-    layout: Layout = ()
-    size_bytes = 0
+    if not match.steps or not num_tokens:
+        return PromptCache(capacity), 0
+    layout = stored_layout(snapshot, match)
+    if layout is None:
+        return None
+    cache = PromptCache.of_layout(layout, num_tokens, capacity, device)
+    copies = span_copies(snapshot, match, 0, num_tokens, layout, cache.stacks(layout) or [], 0)
+    if copies is None:
+        return None
+    copy_to_device(copies, device)
+    return cache, sum(source.nbytes for _, source in copies)
+
+
+def stored_layout(snapshot: Snapshot, match: Match) -> Layout | None:
+    """Return the layout of a match's first span, or None if it is gone; raises as :func:`load_cache` does."""
+    try:
+        record = snapshot.record(match.steps[0].node)
+    except CorruptDataError as error:
+        error.node = match.steps[0].node
+        raise
+    return None if record is None else record.layout
+
+
+def span_copies(
+    snapshot: Snapshot,
+    match: Match,
+    start: int,
+    end: int,
+    layout: Layout,
+    stacks: Sequence[torch.Tensor],
+    slot: int,
+) -> list[tuple[torch.Tensor, torch.Tensor]] | None:
+    """Return what to copy, (target, source), to have positions ``[start, end)`` of a match in a cache's stacks.
+
+    Parameters
+    ----------
+    slot : where in the stacks the token at ``start`` goes.
+
+    Returns
+    -------
+    list or None
+        Sources are views of the store and die with the snapshot. None as for :func:`load_cache`, which raises likewise.
+    """
     copies = []
     for step in match.steps:
-        used = min(step.num_tokens, num_tokens - step.start)
-        if used <= 0:
-            break
+        first, last = max(step.start, start), min(step.start + step.num_tokens, end)
+        if first >= last:
+            continue
         try:
             record = snapshot.record(step.node)
             tensors = snapshot.blob(step.node, record, KV_BLOB) if record is not None else None
             if record is None or tensors is None:
                 return None
-            if cache is None:
-                layout = record.layout
-                cache = PromptCache.of_layout(layout, num_tokens, capacity, device)
             if record.layout != layout:
                 raise CorruptDataError("spans of one prompt are laid out differently")
-            for number, (group, stack) in enumerate(zip(layout, cache.stacks(layout) or (), strict=True)):
+            for number, (group, stack) in enumerate(zip(layout, stacks, strict=True)):
                 view = tensors.get(f"kv.{number}")
                 if view is None or view.shape != group.span_shape(step.span_tokens) or view.dtype != group.dtype:
                     raise CorruptDataError(f"tensor kv.{number} is missing or has another shape than its record says")
-                size_bytes += len(view.data) * used // step.span_tokens
-                copies.append((stack[:, :, step.start : step.start + used], tensor_of(view)[:, :, :used]))
+                target = stack[:, :, slot + first - start : slot + last - start]
+                copies.append((target, tensor_of(view)[:, :, first - step.start : last - step.start]))
         except CorruptDataError as error:
             error.node = step.node
             raise
-    copy_to_device(copies, device)
-    return cache or PromptCache(capacity), size_bytes
+    return copies
 
 
-def load_logprobs(snapshot: Snapshot, match: Match, num_tokens: int) -> torch.Tensor | None:
-    """Return the log-probabilities of the first ``num_tokens`` tokens of a match, ``[num_tokens]`` float32, NaN first.
+def load_scores(
+    snapshot: Snapshot, match: Match, num_tokens: int, known: dict[bytes, TokenScores] | None = None
+) -> TokenScores | None:
+    """Return the scores of the first ``num_tokens`` tokens of a match.
+
+    Parameters
+    ----------
+    known : spans' scores by node that were read before, from the same snapshot; filled.
 
     Returns None, and raises, as :func:`load_cache` does.
     """
-    found = torch.empty(num_tokens, dtype=torch.float32)
+    found = TokenScores.unknown(num_tokens)
     for step in match.steps:
         used = min(step.num_tokens, num_tokens - step.start)
         if used <= 0:
             break
+        scores = known.get(step.node) if known is not None else None
         try:
-            record = snapshot.record(step.node)
-            tensors = snapshot.blob(step.node, record, LOGPROBS_BLOB) if record is not None else None
-            if tensors is None:
-                return None
-            view = tensors.get("token_logprobs")
-            if view is None or view.dtype != "F32" or view.shape != (step.span_tokens,):
-                raise CorruptDataError("token_logprobs is missing or has another shape than its record says")
+            if scores is None:
+                record = snapshot.record(step.node)
+                tensors = snapshot.blob(step.node, record, LOGPROBS_BLOB) if record is not None else None
+                if tensors is None:
+                    return None
+                scores = _scores_of(tensors, step.span_tokens)
         except CorruptDataError as error:
             error.node = step.node
             raise
-        found[step.start : step.start + used] = tensor_of(view)[:used]
+        if known is not None:
+            known[step.node] = scores
+        found[step.start : step.start + used] = scores[:used]
     return found
+
+
+def _scores_of(tensors: Mapping[str, TensorView], num_tokens: int) -> TokenScores:
+    """Return a span's scores, over the blob's memory."""
+    logprobs, greedy_ids = tensors.get("token_logprobs"), tensors.get("greedy_ids")
+    if logprobs is None or (logprobs.dtype, logprobs.shape) != ("F32", (num_tokens,)):
+        raise CorruptDataError("token_logprobs is missing or has another shape than its record says")
+    if greedy_ids is None:  # stored by a version that did not keep them
+        return TokenScores(tensor_of(logprobs), TokenScores.unknown(num_tokens).greedy_ids)
+    if (greedy_ids.dtype, greedy_ids.shape) != ("I32", (num_tokens,)):
+        raise CorruptDataError("greedy_ids is not I32, one for each token that its record says")
+    return TokenScores(tensor_of(logprobs), tensor_of(greedy_ids))

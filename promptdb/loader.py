@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from contextlib import suppress
 from time import perf_counter
 from typing import TYPE_CHECKING
@@ -12,9 +13,12 @@ import torch
 from promptdb.cache import PromptCache
 from promptdb.cost import CostModel
 from promptdb.errors import CorruptDataError
+from promptdb.format import Layout
 from promptdb.keys import prefix_digests
-from promptdb.kv import copy_of, load_cache, load_logprobs
+from promptdb.kv import copy_of, load_cache, load_scores, span_copies, stored_layout
+from promptdb.scores import TokenScores
 from promptdb.snapshot import Match
+from promptdb.staging import copy_to_device
 
 if TYPE_CHECKING:
     from promptdb.db import PromptDB
@@ -28,19 +32,19 @@ class Loader:
     def __init__(self, db: PromptDB) -> None:
         self._db = db
 
-    def complete(self, match: Match, device: torch.device) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Return what a full hit needs: last logits ``[vocabulary]`` and log-probabilities ``[n]`` (NaN first).
+    def complete(self, match: Match, device: torch.device) -> tuple[torch.Tensor, TokenScores] | None:
+        """Return what a full hit needs: last logits ``[vocabulary]`` and the scores of all tokens.
 
         Neither keys nor values are read. None if something is gone or damaged.
         """
         (end,) = prefix_digests(match.root.digest, match.packed, [match.num_tokens])
         try:
             with self._db.read() as snapshot:
-                logprobs = load_logprobs(snapshot, match, match.num_tokens)
+                scores = load_scores(snapshot, match, match.num_tokens)
                 view = snapshot.logits(end)
-                if logprobs is None or view is None:
+                if scores is None or view is None:
                     return None
-                return copy_of(view).to(device), logprobs
+                return copy_of(view).to(device), scores
         except CorruptDataError as error:
             self._heal(match, error)
             return None
@@ -60,23 +64,97 @@ class Loader:
 
     def prefix(
         self, match: Match, num_tokens: int, capacity: int, device: torch.device, cost: CostModel
-    ) -> tuple[PromptCache, torch.Tensor] | None:
-        """Return a cache with the first ``num_tokens`` tokens of a match, and the log-probabilities of all its tokens.
+    ) -> tuple[PromptCache, TokenScores] | None:
+        """Return a cache with the first ``num_tokens`` tokens of a match, and the scores of all its tokens.
 
         None if something is gone or damaged: look up again.
         """
         began = perf_counter()
         try:
             with self._db.read() as snapshot:
-                logprobs = load_logprobs(snapshot, match, match.num_tokens)
+                scores = load_scores(snapshot, match, match.num_tokens)
                 loaded = load_cache(snapshot, match, num_tokens, capacity, device)
         except CorruptDataError as error:
             self._heal(match, error)
             return None
-        if loaded is None or logprobs is None:
+        if loaded is None or scores is None:
             return None
         cost.loaded(loaded[1], perf_counter() - began)
-        return loaded[0], logprobs
+        return loaded[0], scores
+
+    def many(
+        self, matches: Sequence[Match], *, want_logits: bool, device: torch.device
+    ) -> list[tuple[TokenScores, torch.Tensor | None]] | None:
+        """Return the scores of all stored tokens of each match, and its last logits if it is complete.
+
+        Without ``want_logits``, no logits are read. None if something is gone or damaged: look up again.
+        """
+        found: list[tuple[TokenScores, torch.Tensor | None]] = []
+        known: dict[bytes, TokenScores] = {}
+        match: Match | None = None
+        try:
+            with self._db.read() as snapshot:
+                for match in matches:
+                    scores = load_scores(snapshot, match, match.num_tokens, known)
+                    view = None
+                    if want_logits and match.is_complete:
+                        (end,) = prefix_digests(match.root.digest, match.packed, [match.num_tokens])
+                        view = snapshot.logits(end)
+                    if scores is None or (want_logits and match.is_complete and view is None):
+                        return None
+                    found.append((scores, None if view is None else copy_of(view).to(device)))
+        except CorruptDataError as error:
+            assert match is not None
+            self._heal(match, error)
+            return None
+        return found
+
+    def layout(self, match: Match) -> Layout | None:
+        """Return how the keys and values of a match are laid out, or None if they are gone or damaged."""
+        try:
+            with self._db.read() as snapshot:
+                return stored_layout(snapshot, match)
+        except CorruptDataError as error:
+            self._heal(match, error)
+            return None
+
+    def into(
+        self,
+        parts: Sequence[tuple[Match, int, int, int]],
+        layout: Layout,
+        stacks: Sequence[torch.Tensor],
+        device: torch.device,
+        cost: CostModel,
+    ) -> bool:
+        """Read parts of matches into a cache: positions ``[start, end)`` to slots from ``slot`` on.
+
+        Parameters
+        ----------
+        parts : (match, start, end, slot) of each.
+
+        Returns
+        -------
+        bool
+            False if something is gone or damaged: look up again.
+        """
+        began = perf_counter()
+        size_bytes = 0
+        match = parts[0][0]
+        try:
+            with self._db.read() as snapshot:
+                copies = []
+                for match, start, end, slot in parts:
+                    found = span_copies(snapshot, match, start, end, layout, stacks, slot)
+                    if found is None:
+                        return False
+                    copies += found
+                copy_to_device(copies, device)
+                size_bytes = sum(source.nbytes for _, source in copies)
+        except CorruptDataError as error:
+            self._heal(match, error)
+            return False
+        cost.loaded(size_bytes, perf_counter() - began)
+        return True
 
     def _heal(self, match: Match, error: CorruptDataError) -> None:
         """Take what is damaged out of the store, so that it is computed and stored again."""

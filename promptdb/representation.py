@@ -25,6 +25,9 @@ class Representation:
         ``[n, vocabulary]``, if all were asked for.
     token_logprobs : log-probability of each token after the first given all before it, ``[n - 1]`` float32, in nats:
         ``token_logprobs[i]`` belongs to ``token_ids[i + 1]``.
+    greedy_ids : the token that the model found most probable in the place of each of those, ``[n - 1]`` int32: a
+        continuation is the greedy one if it equals its part of ``greedy_ids``. -1 where that is not known, because an
+        older version stored the token.
     tokens_loaded, tokens_computed : how many tokens' keys and values came from the store, and how many went through the
         model; they add up to n. A full hit computes nothing.
     lookup_s, load_s, compute_s, store_s : seconds spent tokenising and looking up, reading, in the model, and preparing
@@ -39,6 +42,7 @@ class Representation:
     token_ids: tuple[int, ...]
     logits: torch.Tensor
     token_logprobs: torch.Tensor
+    greedy_ids: torch.Tensor
     tokens_loaded: int
     tokens_computed: int
     lookup_s: float = 0.0

@@ -19,11 +19,14 @@ from promptdb.errors import (
     UnsupportedModelError,
 )
 from promptdb.masks import Masks
+from promptdb.scores import TokenScores
 
 # Positions computed in one pass. Longer suffixes are cut: logits of a pass take vocabulary x 4 bytes a position.
 MAX_PASS_TOKENS = 2048
 # Rows of logits that are turned into log-probabilities at once: they stay in the cache of the CPU.
 _ROWS = 16
+# The same for scores, which need memory of the same size beside them.
+_SCORED_ROWS = 8
 
 # Regimes in which the frequencies of rotary embeddings depend on the length of the text.
 _LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope", "su")
@@ -36,11 +39,11 @@ _MOST_MASK_ELEMENTS = 1 << 18
 class ForwardResult:
     """What one computation of positions ``[start, end)`` gave besides the keys and values in the cache.
 
-    ``logprobs[i]`` is the log-probability of token ``start + 1 + i`` given those before it, ``[end - start - 1]``
-    float32 on the CPU, in nats; ``logits`` holds next-token logits ``[vocabulary]`` at the positions asked for.
+    ``scores`` are those of the tokens from ``start + 1`` to ``end - 1``; ``logits`` holds next-token logits
+    ``[vocabulary]`` at the positions asked for.
     """
 
-    logprobs: torch.Tensor
+    scores: TokenScores
     logits: dict[int, torch.Tensor]
     all_logits: torch.Tensor | None
 
@@ -201,18 +204,18 @@ class Runner:
         end = token_ids.shape[0]
         device = self.device
         on_device = token_ids.to(device)
-        logprobs: list[torch.Tensor] = []
+        scores = TokenScores.unknown(end - start - 1)
         kept: dict[int, torch.Tensor] = {}
         everything: list[torch.Tensor] = []
         for first in range(start, end, pass_tokens):
             last = min(first + pass_tokens, end)
             rows = self._forward(on_device, cache, first, last)
             targets = on_device[first + 1 : last + 1]  # one short in the last pass
-            logprobs.append(token_logprobs(rows[: targets.shape[0]], targets))
+            scores[first - start : last - start] = token_scores(rows, targets)
             kept.update({at: rows[at - first].clone() for at in want_logits if first <= at < last})
             if keep_all:
                 everything.append(rows)
-        return ForwardResult(torch.cat(logprobs).cpu(), kept, torch.cat(everything) if keep_all else None)
+        return ForwardResult(scores, kept, torch.cat(everything) if keep_all else None)
 
     def _forward(self, token_ids: torch.Tensor, cache: PromptCache, first: int, last: int) -> torch.Tensor:
         positions = torch.arange(first, last)
@@ -303,6 +306,66 @@ class Runner:
             )
         logits: torch.Tensor = output.logits
         return logits
+
+
+def token_scores(logits: torch.Tensor, targets: torch.Tensor, rows: torch.Tensor | None = None) -> TokenScores:
+    """Return the scores of m tokens, from the logits at the tokens before them.
+
+    Parameters
+    ----------
+    logits : ``[k, vocabulary]``.
+    targets : ``[m]`` int64, on any device.
+    rows : ``[m]`` int64, on any device: the row of each token's logits. By default token i has row i, and rows after
+        the m-th are not looked at.
+
+    Returns
+    -------
+    TokenScores
+        Of several tokens that are equally probable, the one with the smallest ID is the greedy one. NaN in a row gives
+        NaN for its log-probabilities.
+
+    Notes
+    -----
+    Cost: a row is read from memory once, and computed with while it is in the cache of the CPU, at any number of
+    targets. From a device, everything is copied at once.
+    """
+    logits, targets = logits.detach(), targets.to(logits.device)
+    if rows is None:
+        chosen = logits[: targets.shape[0]].gather(1, targets[:, None])[:, 0]
+        highest, rest, greedy_ids = _row_scores(logits, targets.shape[0], None)
+    else:
+        rows = rows.to(logits.device)
+        chosen = logits[rows, targets]
+        used, place = torch.unique(rows, return_inverse=True)
+        highest, rest, greedy_ids = (each[place] for each in _row_scores(logits, used.shape[0], used))
+    both = torch.empty((2, targets.shape[0]), dtype=torch.float32, device=logits.device)
+    both[0] = chosen - highest - rest
+    both[1].view(torch.int32).copy_(greedy_ids)
+    both = both.cpu()
+    return TokenScores(both[0], both[1].view(torch.int32))
+
+
+def _row_scores(
+    logits: torch.Tensor, count: int, used: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return, for the first or the used rows, a and b with a + b = log sum exp, and the index of the largest."""
+    wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    highest = torch.empty(count, dtype=wide, device=logits.device)
+    rest = torch.empty_like(highest)
+    indices = torch.empty(count, dtype=torch.int64, device=logits.device)
+    on_cpu = logits.device.type == "cpu"
+    rows_at_once = _SCORED_ROWS if on_cpu else 256
+    for first in range(0, count, rows_at_once):
+        end = min(first + rows_at_once, count)
+        rows = (logits[first:end] if used is None else logits[used[first:end]]).to(wide)
+        # numpy finds the largest of a row eight times as fast as torch, which does it element by element.
+        index = torch.from_numpy(rows.numpy().argmax(axis=1))[:, None] if on_cpu else rows.argmax(1, keepdim=True)
+        largest = rows.gather(1, index)
+        largest.masked_fill_(largest.isinf(), 0)  # infinity less infinity would be NaN
+        highest[first:end] = largest[:, 0]
+        rest[first:end] = (rows - largest).exp_().sum(1).log_()
+        indices[first:end] = index[:, 0]
+    return highest, rest, indices
 
 
 def token_logprobs(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

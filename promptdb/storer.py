@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
 
 from promptdb.cache import PromptCache, layout_of
-from promptdb.commits import PutReport, SpanPayload
+from promptdb.commits import PutRequest, SpanPayload
 from promptdb.kv import encode_logits, encode_span, trim_blobs
+from promptdb.scores import TokenScores
 from promptdb.writer import WriteBehind
 
 if TYPE_CHECKING:
@@ -29,7 +32,32 @@ class Storer:
     def __init__(self, db: PromptDB, *, write_behind: bool) -> None:
         self._db = db
         self._write_behind = write_behind
-        self.queue = WriteBehind()
+        self.queue = WriteBehind(db.put_many)
+        self._together = threading.local()  # requests: what this thread has collected
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Commit what this thread stores inside the block in one transaction, at the end of the block.
+
+        What was stored before an error is committed as well, as it would be outside. All of it is in memory until then,
+        and lookups do not find it: a block is one pass of the model, not a batch. Blocks inside count as the outer one.
+        With write-behind there is nothing to collect, as the queue groups what waits.
+
+        Raises
+        ------
+        StoreError
+            Nothing of the block is stored.
+        """
+        if self._write_behind or getattr(self._together, "requests", None) is not None:
+            yield
+            return
+        requests: list[PutRequest] = []
+        self._together.requests = requests
+        try:
+            yield
+        finally:
+            self._together.requests = None
+            self._db.put_many(requests)
 
     def store(
         self,
@@ -37,20 +65,22 @@ class Storer:
         packed: bytes,
         spans: Sequence[tuple[int, int]],
         cache: PromptCache,
-        logprobs: torch.Tensor,
+        scores: TokenScores,
         logits: Mapping[int, torch.Tensor],
         *,
         compute_s_per_token: float,
         provenance: Mapping[str, str | int | float],
+        shift: int = 0,
     ) -> None:
-        """Encode spans and logits of a prompt of n tokens, and commit them, now or behind.
+        """Encode spans and logits of a prompt of n tokens, and commit them: now, behind, or :meth:`together`.
 
         Parameters
         ----------
         spans : (start, end) of the spans to store; may be empty, if only logits are new.
-        cache : holds at least the last span's end. It may be changed once this returns.
-        logprobs : ``[n]`` float32, NaN first.
+        cache : holds the tokens of all spans. It may be changed once this returns.
+        scores : of the n tokens; only those of the spans are read.
         logits : by position i, the logits ``[vocabulary]`` after ``[0, i + 1)``.
+        shift : the token at position i of the prompt is the one at position ``i + shift`` of the cache.
 
         Raises
         ------
@@ -65,7 +95,7 @@ class Storer:
                 start,
                 end,
                 layout,
-                encode_span(cache, layout, start, end, logprobs[start:end]),
+                encode_span(cache, layout, start + shift, end + shift, scores[start:end]),
                 compute_s_per_token * (end - start),
                 provenance,
             )
@@ -74,14 +104,15 @@ class Storer:
         blobs = {at + 1: encode_logits(row) for at, row in logits.items()}
         first = spans[0][0] if spans else len(packed) // 4
 
-        def commit() -> PutReport:
-            return self._db.put(root, packed, first, lambda position: from_position(payloads, position), blobs)
-
-        if not self._write_behind:
-            commit()
-            return
-        size_bytes = sum(len(blob) for payload in payloads for blob in payload.blobs.values())
-        self.queue.submit(root, packed, blobs, commit, size_bytes + sum(map(len, blobs.values())))
+        request = PutRequest(root, packed, first, lambda position: from_position(payloads, position), blobs)
+        collected = getattr(self._together, "requests", None)
+        if self._write_behind:
+            size_bytes = sum(len(blob) for payload in payloads for blob in payload.blobs.values())
+            self.queue.submit(request, size_bytes + sum(map(len, blobs.values())))
+        elif collected is not None:
+            collected.append(request)
+        else:
+            self._db.put_many([request])
 
 
 def from_position(payloads: Sequence[SpanPayload], position: int) -> list[SpanPayload]:

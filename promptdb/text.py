@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from promptdb.errors import InputTypeError
@@ -155,6 +156,32 @@ class Text:
             half = (_SHOWN_CHARACTERS - 5) // 2
             string = f"{string[:half]} ... {string[-half:]}"
         return f"Text({string!r})"
+
+
+def run(texts: Iterable[Text]) -> list[Text]:
+    """Compute many texts as one tree, and return them: each distinct missing token is computed once.
+
+    Parameters
+    ----------
+    texts : of one engine or of several. Those that want all logits are computed one by one, as those are not stored.
+
+    Examples
+    --------
+    >>> texts = promptdb.run([context + choice for choice in choices])  # doctest: +SKIP
+    """
+    found = list(texts)
+    by_engine: dict[int, list[Text]] = {}
+    for text in found:
+        if not isinstance(text, Text):
+            raise InputTypeError(f"a text must be a Text, not {type(text).__name__}", "Text(string, engine)")
+        if text._logits == "all":
+            text()
+        elif text._representation is None:
+            by_engine.setdefault(id(text._engine), []).append(text)
+    for group in by_engine.values():
+        for text, representation in zip(group, group[0]._engine.run(group), strict=True):
+            text._representation = representation
+    return found
 
 
 # Lives as long as one of its texts does. The engine keeps model and tokenizer alive, so that their id() stay theirs.

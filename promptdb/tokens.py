@@ -25,11 +25,16 @@ _PROBES = ("Hello there.", " General\n\nKenobi  ", "naïve 你好 🙂\t42")
 
 @dataclass(frozen=True)
 class Prompt:
-    """A tokenised prompt: packed tokens, and the positions (in tokens, rising) where pieces end inside of it."""
+    """A tokenised prompt: packed tokens, and the positions (in tokens, rising) where pieces end inside of it.
+
+    ``piece_ends`` says for each piece but the last how many tokens end before it does, 0 and all of them included; None
+    if the tokenizer does not tell.
+    """
 
     packed: bytes
     boundaries: tuple[int, ...] = ()
     text: str | None = None
+    piece_ends: tuple[int, ...] | None = ()
 
     @property
     def num_tokens(self) -> int:
@@ -143,11 +148,11 @@ class Encoder:
         ids, ends = self._encode(text)
         if not ids:
             raise EmptyPromptError("the prompt has no tokens", "the tokenizer drops all of its characters")
-        boundaries: tuple[int, ...] = ()
-        if len(pieces) > 1 and ends is not None:
-            inner = (bisect_right(ends, length) for length in accumulate(map(len, pieces[:-1])))
-            boundaries = tuple(sorted({position for position in inner if 0 < position < len(ids)}))
-        return Prompt(pack_tokens(ids), boundaries, text)
+        if ends is None:
+            return Prompt(pack_tokens(ids), (), text, None if len(pieces) > 1 else ())
+        inner = tuple(bisect_right(ends, length) for length in accumulate(map(len, pieces[:-1])))
+        boundaries = tuple(sorted({position for position in inner if 0 < position < len(ids)}))
+        return Prompt(pack_tokens(ids), boundaries, text, inner)
 
     def _encode(self, text: str) -> tuple[list[int], list[int] | None]:
         """Return IDs, and for each token where the text of it and all before it ends, in characters."""

@@ -6,37 +6,50 @@ import os
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from itertools import islice
+from typing import NamedTuple
 
+from promptdb.commits import PutRequest
 from promptdb.errors import PromptDBError, WriteBehindError
 from promptdb.keys import Root, common_prefix
 
+# As many small ones: a thousand share a wait for the disk well enough.
+_MAX_GROUP_JOBS = 1024
 
-@dataclass(frozen=True)
-class _Job:
-    root: Root
-    packed: bytes
-    logits_at: frozenset[int]
-    work: Callable[[], object]
+
+class _Job(NamedTuple):
+    request: PutRequest
     size_bytes: int
 
 
 class WriteBehind:
-    """A queue of commits and the thread that runs them.
+    """A queue of puts and the thread that commits them: what is queued at that moment shares a transaction.
 
     Parameters
     ----------
+    commit : stores requests, all together or not at all, durably: :meth:`promptdb.PromptDB.put_many`.
     max_pending_bytes : a submission waits while more than this is queued, so that a fast producer cannot fill memory.
+    max_group_bytes : most bytes in one transaction; a larger request gets one of its own. Other processes wait while it
+        is written, and more bytes no longer make the whole faster.
 
     Notes
     -----
     Thread safe. The thread starts with the first job and is a daemon: a process that ends without :meth:`flush` or
-    :meth:`close` loses what was queued, never half of a job.
+    :meth:`close` loses what was queued, never half of a job. Where a transaction of several fails, each is tried by
+    itself, so that none fails for another.
     """
 
-    def __init__(self, max_pending_bytes: int = 1 << 30) -> None:
+    def __init__(
+        self,
+        commit: Callable[[Sequence[PutRequest]], object],
+        *,
+        max_pending_bytes: int = 1 << 30,
+        max_group_bytes: int = 64 << 20,
+    ) -> None:
         self.max_pending_bytes = max_pending_bytes
+        self.max_group_bytes = max_group_bytes
+        self._commit = commit
         self._jobs: deque[_Job] = deque()
         self._pending_bytes = 0
         self._condition = threading.Condition()
@@ -52,27 +65,25 @@ class WriteBehind:
             self._condition, self._thread, self._pid = threading.Condition(), None, os.getpid()
         return self._condition
 
-    def submit(
-        self, root: Root, packed: bytes, logits_at: Iterable[int], work: Callable[[], object], size_bytes: int
-    ) -> None:
-        """Queue a commit of spans of the prompt ``packed``; raise what an earlier one failed with.
+    def submit(self, request: PutRequest, size_bytes: int) -> None:
+        """Queue a put; raise what an earlier one failed with.
 
         Parameters
         ----------
-        logits_at : lengths of the prefixes whose next-token logits the commit brings.
+        size_bytes : what the request holds in memory.
 
         Raises
         ------
         WriteBehindError
-            An earlier commit failed. This one is not queued.
+            An earlier put failed, or the queue is closed. This one is not queued.
         """
         with self._in_this_process():
+            while self._jobs and self._pending_bytes + size_bytes > self.max_pending_bytes:
+                self._condition.wait()
             self._raise_failures()
             if self._stopping:
                 raise WriteBehindError("the engine is closed", "create another one")
-            while self._jobs and self._pending_bytes + size_bytes > self.max_pending_bytes:
-                self._condition.wait()
-            self._jobs.append(_Job(root, packed, frozenset(logits_at), work, size_bytes))
+            self._jobs.append(_Job(request, size_bytes))
             self._pending_bytes += size_bytes
             if self._thread is None:
                 self._thread = threading.Thread(target=_run, args=(weakref.ref(self),), daemon=True)
@@ -94,10 +105,11 @@ class WriteBehind:
         """
 
         def has_more(job: _Job) -> bool:
-            if job.root != root:
+            request = job.request
+            if request.root != root:
                 return False
-            shared = common_prefix(job.packed, packed)
-            brings_logits = not has_logits and shared == stored_tokens and stored_tokens in job.logits_at
+            shared = common_prefix(request.packed, packed)
+            brings_logits = not has_logits and shared == stored_tokens and stored_tokens in request.logits
             return shared > stored_tokens or brings_logits
 
         with self._in_this_process():
@@ -147,17 +159,40 @@ class WriteBehind:
         message = first.message if isinstance(first, PromptDBError) else repr(first)
         raise WriteBehindError(f"a background write failed{more}: {message}", hint) from first
 
-    def _next(self, timeout_s: float) -> _Job | None:
+    def _next_group(self, timeout_s: float) -> list[_Job]:
+        """Return the oldest jobs that fit into one transaction, at least one if there is any."""
         with self._condition:
             if not self._jobs and not self._stopping:
                 self._condition.wait(timeout_s)
-            return self._jobs[0] if self._jobs else None
+            group: list[_Job] = []
+            size_bytes = 0
+            for job in islice(self._jobs, _MAX_GROUP_JOBS):
+                size_bytes += job.size_bytes
+                if group and size_bytes > self.max_group_bytes:
+                    break
+                group.append(job)
+            return group
 
-    def _done(self, error: Exception | None) -> None:
+    def _commit_group(self, group: Sequence[_Job]) -> None:
+        error = self._try([job.request for job in group])
+        if error is None or len(group) == 1:
+            self._done(len(group), error)
+            return
+        for job in group:
+            self._done(1, self._try([job.request]))
+
+    def _try(self, requests: Sequence[PutRequest]) -> Exception | None:
+        try:
+            self._commit(requests)
+        except Exception as error:  # noqa: BLE001 - reported by the next call
+            return error
+        return None
+
+    def _done(self, num_jobs: int, error: Exception | None) -> None:
         with self._condition:
-            # The job leaves the queue only now: until then, lookups know to wait for it.
-            job = self._jobs.popleft()
-            self._pending_bytes -= job.size_bytes
+            # Jobs leave the queue only now: until then, lookups know to wait for them.
+            for _ in range(num_jobs):
+                self._pending_bytes -= self._jobs.popleft().size_bytes
             if error is not None:
                 self._failures.append(error)
             self._condition.notify_all()
@@ -169,12 +204,7 @@ def _run(reference: weakref.ref[WriteBehind]) -> None:
         queue = reference()
         if queue is None or (queue._stopping and not queue._jobs):
             return
-        job = queue._next(timeout_s=1.0)
-        if job is not None:
-            error: Exception | None = None
-            try:
-                job.work()
-            except Exception as failure:  # noqa: BLE001 - reported by the next call
-                error = failure
-            queue._done(error)
-        del queue, job
+        group = queue._next_group(timeout_s=1.0)
+        if group:
+            queue._commit_group(group)
+        del queue, group

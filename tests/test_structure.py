@@ -22,8 +22,10 @@ ORDER = (
     "tables", "filesystem", "memory", "index",
     "trie", "snapshot", "registry", "verify", "commits", "opening", "db", "testing",
     "cost", "explain",
-    "buffers", "ambient", "cache", "staging", "kv", "masks", "runner", "probe", "loader", "writer", "storer", "representation", "loading",
-    "generation", "extender", "engine", "text",
+    "buffers", "ambient", "cache", "staging", "scores", "kv", "masks", "runner", "probe", "loader", "writer", "storer",
+    "representation", "loading",
+    "generation", "extender", "tree", "plan", "levels", "passes", "batch", "scoring", "engine", "text",
+    "arguments", "calls",
     "demo_models", "demo_text", "demo_training", "demo",
 )  # fmt: skip
 
@@ -33,10 +35,14 @@ OWNERS = {
     "msgpack": {"format"},
     "safetensors": set(),
     "torch": {
-        "identity", "watch", "buffers", "ambient", "cache", "staging", "kv", "masks", "runner", "probe",
-        "loader", "storer", "representation", "loading", "generation", "extender", "engine", "text", "demo_models", "demo_training", "demo",
+        "identity", "watch", "buffers", "ambient", "cache", "staging", "scores", "kv", "masks", "runner", "probe",
+        "loader", "storer", "representation", "loading", "generation", "extender", "passes", "batch", "scoring",
+        "engine", "text", "demo_models", "demo_training", "demo",
     },
-    "transformers": {"refusals", "watch", "cache", "masks", "runner", "probe", "loading", "text", "demo_models", "demo_text", "demo"},
+    "transformers": {
+        "refusals", "watch", "cache", "masks", "runner", "probe", "loading", "passes", "text", "demo_models",
+        "demo_text", "demo",
+    },
 }  # fmt: skip
 
 

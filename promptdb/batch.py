@@ -1,0 +1,284 @@
+"""Many prompts at once: every distinct missing token goes through the model once, results come back in order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from promptdb.ambient import plain_torch
+from promptdb.cache import bytes_per_token
+from promptdb.errors import ModelError, UnsupportedModelError
+from promptdb.extender import nothing_found
+from promptdb.keys import Root, common_prefix, unpack_tokens
+from promptdb.passes import Passes, VanishedError
+from promptdb.plan import Limits
+from promptdb.scores import TokenScores
+from promptdb.snapshot import Match
+from promptdb.tokens import Prompt
+from promptdb.tree import Branch, Segment, build
+
+if TYPE_CHECKING:
+    from promptdb.engine import Engine
+
+_ATTEMPTS = 3
+# Prompts of a window wait for each other's results, and their logits wait in memory.
+_WINDOW_PROMPTS = 8192
+_WINDOW_BYTES = 256 << 20
+
+
+@dataclass(frozen=True)
+class BatchLimits:
+    """How much a batch takes at once. Results do not depend on it, but for rounding.
+
+    Attributes
+    ----------
+    window_tokens : new tokens of prompts that are planned together; shared ones count once if they stand beside each
+        other.
+    pass_tokens : tokens of several branches that go through the model at once.
+    cache_bytes : keys and values in memory, the model's device included; a single longer prompt may take more.
+    way : ``"packed"``, ``"batched"`` or ``"single"``; by default the first of these that is exact for the model.
+    """
+
+    window_tokens: int = 16_384
+    pass_tokens: int = 512
+    cache_bytes: int = 2 << 30
+    way: str | None = None
+
+    @classmethod
+    def for_device(cls, device: torch.device) -> BatchLimits:
+        """Return what keeps a device busy."""
+        if device.type == "cpu":
+            return cls()
+        return cls(window_tokens=131_072, pass_tokens=4096, cache_bytes=8 << 30)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a batch gives for one prompt. ``logits`` is None unless they were wanted."""
+
+    root: Root
+    asked: Prompt
+    scores: TokenScores
+    logits: torch.Tensor | None
+    tokens_loaded: int
+    tokens_computed: int
+    lookup_s: float = 0.0
+    compute_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a batch is: tokens of finished sections and of prompts that needed none, since the last report."""
+
+    tokens_loaded: int
+    tokens_computed: int
+
+
+def run(
+    engine: Engine,
+    prompts: Iterable[Any],
+    *,
+    want_logits: bool = True,
+    store: bool = True,
+    limits: BatchLimits | None = None,
+    on_progress: Callable[[Progress], None] | None = None,
+) -> Iterator[Result]:
+    """Yield the result of every prompt, in order.
+
+    Parameters
+    ----------
+    prompts : as for :meth:`Engine.get`; taken as they are needed.
+    want_logits : return, and where they are computed store, the logits after the last token.
+    on_progress : called after every section, while the engine is busy.
+
+    Notes
+    -----
+    The engine is free for others between windows. See docs/batches.md.
+    """
+    if engine.strict:  # only what was computed in one pass of its own counts
+        yield from (_alone(engine, prompt, store=store) for prompt in prompts)
+        return
+    bounds = limits or BatchLimits.for_device(engine.device)
+    row_bytes = engine._extender.runner.vocabulary * 4 if want_logits else 0
+    for window in _windows(map(engine.tokenize, prompts), bounds, row_bytes):
+        yield from _Window(engine, window, want_logits, store, bounds, on_progress).results()
+
+
+def _alone(engine: Engine, prompt: Any, *, store: bool) -> Result:
+    asked = engine.tokenize(prompt)
+    found = engine.get(asked, store=store)
+    scores = TokenScores.unknown(asked.num_tokens)
+    scores[1:] = TokenScores(found.token_logprobs, found.greedy_ids)
+    counts = found.tokens_loaded, found.tokens_computed
+    return Result(engine.root, asked, scores, found.logits, *counts, found.lookup_s, found.compute_s)
+
+
+def _windows(prompts: Iterable[Prompt], limits: BatchLimits, row_bytes: int) -> Iterator[list[Prompt]]:
+    window: list[Prompt] = []
+    tokens = size_bytes = 0
+    for prompt in prompts:
+        shared = common_prefix(window[-1].packed, prompt.packed) if window else 0
+        tokens += prompt.num_tokens - shared
+        size_bytes += row_bytes + 16 * prompt.num_tokens
+        window.append(prompt)
+        if tokens >= limits.window_tokens or size_bytes >= _WINDOW_BYTES or len(window) >= _WINDOW_PROMPTS:
+            yield window
+            window, tokens, size_bytes = [], 0, 0
+    if window:
+        yield window
+
+
+class _Window:
+    def __init__(
+        self,
+        engine: Engine,
+        window: Sequence[Prompt],
+        want_logits: bool,
+        store: bool,
+        limits: BatchLimits,
+        on_progress: Callable[[Progress], None] | None,
+    ) -> None:
+        self._engine, self._prompts, self._want_logits, self._store = engine, window, want_logits, store
+        self._extender = engine._extender
+        self._limits, self._report = limits, on_progress or (lambda progress: None)
+
+    def results(self) -> list[Result]:
+        """Compute what is missing, and return everything."""
+        engine = self._engine
+        with engine._lock, plain_torch(engine.device):
+            engine._check_open()
+            engine._num_computed += 1
+            self._extender.held = None  # its memory is needed, and what follows stands on the store
+            for attempt in range(_ATTEMPTS):
+                root = engine.root
+                runner = self._extender.runner
+                runner.check_mode()
+                runner.check_placement()
+                for prompt in self._prompts:
+                    runner.check_prompt(torch.tensor(unpack_tokens(prompt.packed), dtype=torch.int64))
+                self._extender.storer.queue.flush()
+                try:
+                    return self._attempt(root, blindly=attempt == _ATTEMPTS - 1)
+                except VanishedError:
+                    continue
+        raise ModelError("the model's weights change while they are used", "change them between calls")
+
+    def _attempt(self, root: Root, *, blindly: bool) -> list[Result]:
+        began = perf_counter()
+        extender, loader = self._extender, self._extender.loader
+        packed = [prompt.packed for prompt in self._prompts]
+        matches = extender.match_all(root, packed) if not blindly else [nothing_found(root, each) for each in packed]
+        stored = loader.many(matches, want_logits=self._want_logits, device=extender.runner.device)
+        if stored is None:
+            raise VanishedError
+        missing = [at for at, match in enumerate(matches) if not self._is_done(match)]
+        lookup_s = perf_counter() - began
+        done = sum(self._prompts[at].num_tokens for at in range(len(matches))) - sum(
+            self._prompts[at].num_tokens for at in missing
+        )
+        if done:
+            self._report(Progress(done, 0))
+        branches = [
+            Branch(packed[at], self._prompts[at].boundaries, matches[at].num_tokens, matches[at].has_logits)
+            for at in missing
+        ]
+        segments = build(branches, want_logits=self._want_logits)
+        is_stored = self._store and not extender.db.readonly and not any(match.is_damaged for match in matches)
+        passes = Passes(
+            extender,
+            root,
+            segments,
+            branches,
+            [matches[at] for at in missing],
+            want_logits=self._want_logits,
+            store=is_stored,
+            still_valid=lambda: self._engine.root == root,
+        )
+        computing = perf_counter()
+        way = self.way()
+        passes_limits = self._pass_limits(way)
+        for tokens in passes.run_levels(passes_limits) if way == "batched" else passes.run(passes_limits):
+            self._report(Progress(0, tokens))
+        compute_s = perf_counter() - computing
+        results: list[Result] = []
+        share = lookup_s / len(packed)
+        for at, prompt in enumerate(self._prompts):
+            scores, logits = stored[at]
+            results.append(Result(root, prompt, scores, logits, prompt.num_tokens, 0, share))
+        for number, segment in enumerate(segments):
+            for branch in segment.ends:
+                at = missing[branch]
+                results[at] = self._computed(
+                    root, at, branch, number, stored[at][0], passes, segments, share, compute_s
+                )
+        return results
+
+    def _is_done(self, match: Match) -> bool:
+        return match.is_complete or (not self._want_logits and match.num_tokens * 4 == len(match.packed))
+
+    def way(self) -> str:
+        """Return how branches run: as asked for, or the fastest that is exact.
+
+        Raises
+        ------
+        UnsupportedModelError
+            The way asked for is not exact for this model.
+        """
+        runner, asked = self._extender.runner, self._limits.way
+        exact = [way for way in ("packed", "batched") if way in runner.exact_ways]
+        if not runner.masks.can_build and "packed" in exact:
+            exact.remove("packed")
+        ways = [*exact, "single"]
+        if asked is None:
+            return ways[0]
+        if asked not in ways:
+            raise UnsupportedModelError(
+                f"{runner.model_type} models are not computed exactly the {asked} way",
+                f"choose one of {', '.join(ways)}",
+            )
+        return asked
+
+    def _pass_limits(self, way: str) -> Limits:
+        runner, layout = self._extender.runner, self._extender.layout
+        token_bytes = bytes_per_token(layout) if layout else 1 << 16
+        # Two caches are alive at once: a section's, and that of the one before it.
+        cache_tokens = max(1, self._limits.cache_bytes // (2 * token_bytes))
+        return Limits(
+            pass_tokens=self._limits.pass_tokens,
+            chain_tokens=max(32, self._limits.pass_tokens * 3 // 8),
+            cache_tokens=cache_tokens,
+            max_path=runner.masks.max_tokens(),
+            may_pack=way == "packed",
+        )
+
+    def _computed(
+        self,
+        root: Root,
+        at: int,
+        branch: int,
+        number: int,
+        stored: TokenScores,
+        passes: Passes,
+        segments: Sequence[Segment],
+        lookup_s: float,
+        compute_s: float,
+    ) -> Result:
+        prompt = self._prompts[at]
+        scores = TokenScores.unknown(prompt.num_tokens)
+        scores[: len(stored)] = stored
+        computed = 0
+        while number >= 0:
+            segment = segments[number]
+            if segment.stored < segment.end:
+                scores[segment.stored : segment.end] = passes.scores[number]
+            if segment.owner == branch:
+                computed += passes.num_computed[number]
+            number = segment.parent
+        logits = passes.logits.get(branch)
+        total = sum(passes.num_computed) or 1
+        seconds = compute_s * computed / total
+        return Result(root, prompt, scores, logits, prompt.num_tokens - computed, computed, lookup_s, seconds)
