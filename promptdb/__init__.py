@@ -10,18 +10,21 @@ from typing import TYPE_CHECKING, Any
 from promptdb.version import __version__
 
 if TYPE_CHECKING:
+    from promptdb.calls import cached
     from promptdb.db import PromptDB
     from promptdb.engine import Engine
     from promptdb.representation import Representation
-    from promptdb.text import Text
+    from promptdb.text import Text, run
 
-__all__ = ["Engine", "PromptDB", "Representation", "Text", "__version__"]
+__all__ = ["Engine", "PromptDB", "Representation", "Text", "__version__", "cached", "run"]
 
 _LAZY = {
     "Engine": "promptdb.engine",
     "PromptDB": "promptdb.db",
     "Representation": "promptdb.representation",
     "Text": "promptdb.text",
+    "cached": "promptdb.calls",
+    "run": "promptdb.text",
 }
 
 

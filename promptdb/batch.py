@@ -158,8 +158,6 @@ class _Window:
                 runner = self._extender.runner
                 runner.check_mode()
                 runner.check_placement()
-                for prompt in self._prompts:
-                    runner.check_prompt(torch.tensor(unpack_tokens(prompt.packed), dtype=torch.int64))
                 self._extender.storer.queue.flush()
                 try:
                     return self._attempt(root, blindly=attempt == _ATTEMPTS - 1)
@@ -176,6 +174,8 @@ class _Window:
         if stored is None:
             raise VanishedError
         missing = [at for at, match in enumerate(matches) if not self._is_done(match)]
+        for at in missing:
+            extender.runner.check_prompt(torch.tensor(unpack_tokens(packed[at]), dtype=torch.int64))
         lookup_s = perf_counter() - began
         done = sum(self._prompts[at].num_tokens for at in range(len(matches))) - sum(
             self._prompts[at].num_tokens for at in missing

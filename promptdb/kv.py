@@ -25,6 +25,10 @@ with warnings.catch_warnings():
     torch.frombuffer(b"\0", dtype=torch.uint8)
 
 
+# Log-probabilities and greedy IDs of a span, as they are stored.
+ScoreBytes = tuple[memoryview, memoryview]
+
+
 def tensor_of(view: TensorView) -> torch.Tensor:
     """Return a tensor over a view's memory, without copying. It must neither be written nor outlive the view."""
     dtype = TORCH_DTYPES.get(view.dtype)
@@ -213,45 +217,51 @@ def span_copies(
 
 
 def load_scores(
-    snapshot: Snapshot, match: Match, num_tokens: int, known: dict[bytes, TokenScores] | None = None
+    snapshot: Snapshot, match: Match, num_tokens: int, known: dict[bytes, ScoreBytes] | None = None
 ) -> TokenScores | None:
     """Return the scores of the first ``num_tokens`` tokens of a match.
 
     Parameters
     ----------
-    known : spans' scores by node that were read before, from the same snapshot; filled.
+    known : what was read of spans before, by node, from the same snapshot; filled.
 
     Returns None, and raises, as :func:`load_cache` does.
     """
-    found = TokenScores.unknown(num_tokens)
+    logprobs, greedy_ids = bytearray(), bytearray()
     for step in match.steps:
         used = min(step.num_tokens, num_tokens - step.start)
         if used <= 0:
             break
-        scores = known.get(step.node) if known is not None else None
+        found = known.get(step.node) if known is not None else None
         try:
-            if scores is None:
+            if found is None:
                 record = snapshot.record(step.node)
                 tensors = snapshot.blob(step.node, record, LOGPROBS_BLOB) if record is not None else None
                 if tensors is None:
                     return None
-                scores = _scores_of(tensors, step.span_tokens)
+                found = _scores_of(tensors, step.span_tokens)
         except CorruptDataError as error:
             error.node = step.node
             raise
         if known is not None:
-            known[step.node] = scores
-        found[step.start : step.start + used] = scores[:used]
-    return found
+            known[step.node] = found
+        logprobs += found[0][: 4 * used]
+        greedy_ids += found[1][: 4 * used]
+    if not logprobs:
+        return TokenScores.unknown(0)
+    # Bytes are joined, not tensors: a batch reads thousands of short spans.
+    return TokenScores(
+        torch.frombuffer(logprobs, dtype=torch.float32), torch.frombuffer(greedy_ids, dtype=torch.int32)
+    )
 
 
-def _scores_of(tensors: Mapping[str, TensorView], num_tokens: int) -> TokenScores:
-    """Return a span's scores, over the blob's memory."""
+def _scores_of(tensors: Mapping[str, TensorView], num_tokens: int) -> ScoreBytes:
+    """Return a span's log-probabilities and greedy IDs, 4 bytes each, over the blob's memory."""
     logprobs, greedy_ids = tensors.get("token_logprobs"), tensors.get("greedy_ids")
     if logprobs is None or (logprobs.dtype, logprobs.shape) != ("F32", (num_tokens,)):
         raise CorruptDataError("token_logprobs is missing or has another shape than its record says")
     if greedy_ids is None:  # stored by a version that did not keep them
-        return TokenScores(tensor_of(logprobs), TokenScores.unknown(num_tokens).greedy_ids)
+        return logprobs.data, memoryview(b"\xff" * (4 * num_tokens))
     if (greedy_ids.dtype, greedy_ids.shape) != ("I32", (num_tokens,)):
         raise CorruptDataError("greedy_ids is not I32, one for each token that its record says")
-    return TokenScores(tensor_of(logprobs), tensor_of(greedy_ids))
+    return logprobs.data, greedy_ids.data

@@ -15,7 +15,7 @@ from promptdb.cost import CostModel
 from promptdb.errors import CorruptDataError
 from promptdb.format import Layout
 from promptdb.keys import prefix_digests
-from promptdb.kv import copy_of, load_cache, load_scores, span_copies, stored_layout
+from promptdb.kv import ScoreBytes, copy_of, load_cache, load_scores, span_copies, stored_layout
 from promptdb.scores import TokenScores
 from promptdb.snapshot import Match
 from promptdb.staging import copy_to_device
@@ -90,7 +90,7 @@ class Loader:
         Without ``want_logits``, no logits are read. None if something is gone or damaged: look up again.
         """
         found: list[tuple[TokenScores, torch.Tensor | None]] = []
-        known: dict[bytes, TokenScores] = {}
+        known: dict[bytes, ScoreBytes] = {}
         match: Match | None = None
         try:
             with self._db.read() as snapshot:

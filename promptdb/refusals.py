@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import types
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -11,10 +13,38 @@ from promptdb.errors import IdentityError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["IDENTIFIED", "refuse_attention", "refuse_hooks", "refuse_patched"]
+__all__ = ["IDENTIFIED", "Interception", "refuse_attention", "refuse_hooks", "refuse_patched"]
 
 IDENTIFIED = "__promptdb_identified__"
 """A hook with this attribute set true is accounted for elsewhere (by an intervention ID), and is not refused."""
+
+
+class Interception:
+    """Stands in for a module's ``forward`` and gives what that gives: no patch, as :func:`refuse_patched` sees it.
+
+    Parameters
+    ----------
+    forward : what it stands in for; ``inspect.signature`` shows its parameters.
+    call : called instead, with the same arguments.
+
+    Notes
+    -----
+    A copy of the module, or one read from a pickle, has what the stand-in stood for, bound to the copy.
+    """
+
+    def __init__(self, forward: Callable[..., Any], call: Callable[..., Any]) -> None:
+        functools.update_wrapper(self, forward)
+        self._call = call
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call what was put in the place of ``forward``."""
+        return self._call(*args, **kwargs)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        forward: Any = self.__wrapped__  # type: ignore[attr-defined]
+        if isinstance(forward, types.MethodType):
+            return getattr, (forward.__self__, forward.__name__)
+        return functools.partial, (forward,)
 
 
 def refuse_patched(where: str, module: torch.nn.Module) -> None:
@@ -24,7 +54,11 @@ def refuse_patched(where: str, module: torch.nn.Module) -> None:
         raise IdentityError(f"{where} is compiled", "pass the model as it was before torch.compile (._orig_mod)")
     refuse_hooks(where, module._forward_hooks.values())
     refuse_hooks(where, module._forward_pre_hooks.values())
-    if "forward" in attributes:
+    forward = attributes.get("forward")
+    if type(forward) is Interception:
+        forward = forward.__wrapped__  # type: ignore[attr-defined]
+    # A patch that was taken back by assignment leaves the module's own method behind.
+    if forward is not None and forward != types.MethodType(type(module).forward, module):
         hook, old = attributes.get("_hf_hook"), attributes.get("_old_forward")
         moved = type(hook).__module__.split(".")[0] == "accelerate"  # AlignDevicesHook: moves tensors, no more
         if not (moved and getattr(old, "__func__", None) is type(module).forward):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -278,3 +280,50 @@ def test_a_strict_engine_takes_prompts_one_by_one(tmp_path):
         with Engine(db, model, tokenizer, strict=True) as engine:
             for representation, prompt in zip(engine.run(prompts), prompts, strict=True):
                 assert_equal(representation, model, prompt)
+
+
+STREAM = """
+import random, resource, sys
+from promptdb import Engine, PromptDB
+from promptdb.batch import BatchLimits
+from promptdb.demo_models import random_model
+from promptdb.demo_text import byte_tokenizer
+
+path, count = sys.argv[1], int(sys.argv[2])
+rng = random.Random(0)
+contexts = [[rng.randrange(200) for _ in range(20)] for _ in range(50)]
+
+
+def prompts():
+    for _ in range(count):
+        yield [*rng.choice(contexts), rng.randrange(200), rng.randrange(4)]
+
+
+def peak_mib():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+with PromptDB(path, map_bytes=1 << 30) as db, Engine(db, random_model("gpt2"), byte_tokenizer()) as engine:
+    computed = 0
+    for number, representation in enumerate(engine.run(prompts(), limits=BatchLimits(window_tokens=2048))):
+        computed += representation.tokens_computed
+        if number == count // 5:
+            warm = peak_mib()
+    assert number == count - 1
+    print(computed, peak_mib() - warm)
+"""
+
+
+@pytest.mark.parametrize("count", [4000, pytest.param(100_000, marks=pytest.mark.slow)])
+def test_many_prompts_stream_in_bounded_memory(count, tmp_path):
+    output = subprocess.run(
+        [sys.executable, "-c", STREAM, str(tmp_path / "store"), str(count)], check=True, capture_output=True, text=True
+    ).stdout
+    computed, grown_mib = map(float, output.split())
+    rng = random.Random(0)
+    contexts = [[rng.randrange(200) for _ in range(20)] for _ in range(50)]
+    asked = [[*rng.choice(contexts), rng.randrange(200), rng.randrange(4)] for _ in range(count)]
+    assert computed == len(distinct(asked))
+    # The map of the store counts as memory of the process where its pages were read, so that some growth is the store's.
+    stored_mib = sum(file.stat().st_size for file in (tmp_path / "store").iterdir()) / 2**20
+    assert grown_mib < stored_mib + 64

@@ -27,6 +27,7 @@ ORDER = (
     "generation", "extender", "tree", "plan", "levels", "passes", "batch", "scoring", "engine", "text",
     "arguments", "calls",
     "demo_models", "demo_text", "demo_training", "demo",
+    "lm_eval",
 )  # fmt: skip
 
 # The only module that may import a library, or the only ones.
@@ -34,12 +35,15 @@ OWNERS = {
     "lmdb": {"index"},
     "msgpack": {"format"},
     "safetensors": set(),
+    "lm_eval": {"lm_eval"},
     "torch": {
+        "arguments", "calls",
         "identity", "watch", "buffers", "ambient", "cache", "staging", "scores", "kv", "masks", "runner", "probe",
         "loader", "storer", "representation", "loading", "generation", "extender", "passes", "batch", "scoring",
         "engine", "text", "demo_models", "demo_training", "demo",
     },
     "transformers": {
+        "arguments", "calls",
         "refusals", "watch", "cache", "masks", "runner", "probe", "loading", "passes", "text", "demo_models",
         "demo_text", "demo",
     },
@@ -91,7 +95,7 @@ def test_nothing_in_the_library_imports_the_command_line():
 
 
 def test_public_names():
-    assert promptdb.__all__ == ["Engine", "PromptDB", "Representation", "Text", "__version__"]
+    assert promptdb.__all__ == ["Engine", "PromptDB", "Representation", "Text", "__version__", "cached", "run"]
     for name in promptdb.__all__:
         assert getattr(promptdb, name) is not None
     assert dir(promptdb) == sorted(promptdb.__all__)
