@@ -13,6 +13,7 @@ import sys
 from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from math import prod
 from operator import itemgetter
 from struct import Struct, unpack
@@ -109,6 +110,11 @@ def plan_blob(tensors: Sequence[TensorSpec], metadata: Mapping[str, str] | None 
         The caller copies ``header`` to the start of a buffer of ``size_bytes`` and each tensor, C-contiguous and
         little-endian, to its offset.
     """
+    return _plan(tuple(tensors), tuple((metadata or {}).items()))
+
+
+@lru_cache(maxsize=256)  # a batch stores thousands of spans of few shapes
+def _plan(tensors: tuple[TensorSpec, ...], metadata: tuple[tuple[str, str], ...]) -> BlobPlan:
     entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     position = 0
     for tensor in tensors:

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from promptdb.cache import PromptCache, bytes_per_token, layout_of
+from promptdb.cache import PromptCache, bytes_per_token
 from promptdb.cost import CostModel
 from promptdb.errors import CorruptDataError, NonFiniteError
 from promptdb.format import Layout
 from promptdb.keys import Root, common_prefix, num_tokens, unpack_tokens
+from promptdb.kv import KvSource
 from promptdb.loader import Loader
 from promptdb.representation import Representation
 from promptdb.runner import Runner, token_scores
@@ -222,7 +223,8 @@ class Extender:
             return None
 
         storing = perf_counter()
-        self.layout = layout = layout_of(cache)
+        source = KvSource(cache)
+        self.layout = layout = source.layout
         is_stored = store and not self.db.readonly and not match.is_damaged
         if is_stored:
             self.cost.sized(bytes_per_token(layout))
@@ -236,8 +238,8 @@ class Extender:
                 root,
                 asked.packed,
                 spans,
-                cache,
-                scores,
+                source,
+                scores[first_new:],
                 result.logits,
                 compute_s_per_token=compute_s / (total - start),
                 provenance=provenance,

@@ -10,7 +10,7 @@ import torch
 
 from promptdb.blobs import TensorSpec, TensorView, build_blob, parse_blob, plan_blob
 from promptdb.buffers import POOL
-from promptdb.cache import DTYPE_NAMES, TORCH_DTYPES, PromptCache
+from promptdb.cache import DTYPE_NAMES, TORCH_DTYPES, PromptCache, layout_of
 from promptdb.errors import CorruptDataError, NonFiniteError
 from promptdb.format import KV_BLOB, LOGPROBS_BLOB, Layout
 from promptdb.scores import TokenScores
@@ -53,10 +53,25 @@ def bytes_of(tensor: torch.Tensor) -> bytes:
     return flat.numpy().tobytes()
 
 
-def encode_span(
-    cache: PromptCache, layout: Layout, start: int, end: int, scores: TokenScores
-) -> dict[str, memoryview | bytearray]:
-    """Return the blobs of positions ``[start, end)``: one copy, from the cache into pooled memory.
+class KvSource:
+    """A cache that spans are encoded from, looked at once: it must not change meanwhile."""
+
+    def __init__(self, cache: PromptCache) -> None:
+        self.layout = layout_of(cache)
+        self._cache = cache
+        self._stacks = cache.stacks(self.layout)
+
+    def copy(self, group: int, start: int, end: int, target: torch.Tensor) -> None:
+        """Copy tokens ``[start, end)`` of a group of layers to ``[slots, kv_heads, end - start, head_dim]``."""
+        if self._stacks is not None:
+            target.copy_(self._stacks[group][:, :, start:end])
+            return
+        for at, slot in enumerate(self.layout[group].slots):
+            target[at].copy_(self._cache.slot(slot)[0, :, start:end])
+
+
+def encode_span(source: KvSource, start: int, end: int, scores: TokenScores) -> dict[str, memoryview | bytearray]:
+    """Return the blobs of tokens ``[start, end)`` of a cache: one copy, into pooled memory.
 
     Parameters
     ----------
@@ -67,21 +82,18 @@ def encode_span(
     NonFiniteError
         The keys or values hold NaN or infinity.
     """
-    tokens = end - start
-    specs = [TensorSpec(f"kv.{number}", group.dtype, group.span_shape(tokens)) for number, group in enumerate(layout)]
+    layout = source.layout
+    specs = [
+        TensorSpec(f"kv.{number}", group.dtype, group.span_shape(end - start)) for number, group in enumerate(layout)
+    ]
     plan = plan_blob(specs)
     lease = POOL.lease(plan.size_bytes)
     blob = memoryview(lease).cast("B")
     blob[: len(plan.header)] = plan.header
-    stacks = cache.stacks(layout)
     for number, (group, spec, offset) in enumerate(zip(layout, specs, plan.offsets_bytes, strict=True)):
         data = blob[offset : offset + spec.size_bytes]
         target = torch.frombuffer(data, dtype=TORCH_DTYPES[group.dtype]).view(spec.shape)
-        if stacks is not None:
-            target.copy_(stacks[number][:, :, start:end])
-        else:
-            for at, slot in enumerate(group.slots):
-                target[at].copy_(cache.slot(slot)[0, :, start:end])
+        source.copy(number, start, end, target)
         _check_finite(target, number)
     return {KV_BLOB: blob, LOGPROBS_BLOB: _encode_scores(bytes_of(scores.logprobs), bytes_of(scores.greedy_ids))}
 

@@ -14,6 +14,7 @@ from promptdb.cache import PromptCache, bytes_per_token, layout_of
 from promptdb.errors import NonFiniteError
 from promptdb.format import Layout
 from promptdb.keys import TOKEN_BYTES, Root, unpack_tokens
+from promptdb.kv import KvSource
 from promptdb.levels import Levels, Row
 from promptdb.plan import Limits, Piece, Section, sections
 from promptdb.runner import token_scores
@@ -359,19 +360,17 @@ class Passes:
             "past_tokens": section.num_past,
             "pass_tokens": section.num_new,
         }
-        slot = section.num_past
+        slot, source = section.num_past, KvSource(slots.cache)
         with extender.storer.together():
             for piece, found in zip(section.new, rows, strict=True):
                 segment = self._segments[piece.segment]
-                scores = TokenScores.unknown(piece.end)
                 new = max(piece.start, segment.stored)
-                scores[new:] = self.scores[piece.segment][new - segment.stored : piece.end - segment.stored]
                 extender.storer.store(
                     self._root,
                     self._branches[segment.prompt].packed[: piece.end * TOKEN_BYTES],
                     self._spans(piece),
-                    slots.cache,
-                    scores,
+                    source,
+                    self.scores[piece.segment][new - segment.stored : piece.end - segment.stored],
                     found,
                     compute_s_per_token=compute_s_per_token,
                     provenance=provenance,

@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from promptdb.cache import PromptCache, layout_of
 from promptdb.commits import PutRequest, SpanPayload
-from promptdb.kv import encode_logits, encode_span, trim_blobs
+from promptdb.kv import KvSource, encode_logits, encode_span, trim_blobs
 from promptdb.scores import TokenScores
 from promptdb.writer import WriteBehind
 
@@ -64,7 +63,7 @@ class Storer:
         root: Root,
         packed: bytes,
         spans: Sequence[tuple[int, int]],
-        cache: PromptCache,
+        source: KvSource,
         scores: TokenScores,
         logits: Mapping[int, torch.Tensor],
         *,
@@ -77,8 +76,8 @@ class Storer:
         Parameters
         ----------
         spans : (start, end) of the spans to store; may be empty, if only logits are new.
-        cache : holds the tokens of all spans. It may be changed once this returns.
-        scores : of the n tokens; only those of the spans are read.
+        source : holds the tokens of all spans. Its cache may be changed once this returns.
+        scores : of the tokens of the spans, from the first one's start to the last one's end.
         logits : by position i, the logits ``[vocabulary]`` after ``[0, i + 1)``.
         shift : the token at position i of the prompt is the one at position ``i + shift`` of the cache.
 
@@ -89,21 +88,19 @@ class Storer:
         WriteBehindError, StoreError
             This commit, or one before it, failed.
         """
-        layout = layout_of(cache)
+        first = spans[0][0] if spans else len(packed) // 4
         payloads = [
             SpanPayload(
                 start,
                 end,
-                layout,
-                encode_span(cache, layout, start + shift, end + shift, scores[start:end]),
+                source.layout,
+                encode_span(source, start + shift, end + shift, scores[start - first : end - first]),
                 compute_s_per_token * (end - start),
                 provenance,
             )
             for start, end in spans
         ]
         blobs = {at + 1: encode_logits(row) for at, row in logits.items()}
-        first = spans[0][0] if spans else len(packed) // 4
-
         request = PutRequest(root, packed, first, lambda position: from_position(payloads, position), blobs)
         collected = getattr(self._together, "requests", None)
         if self._write_behind:

@@ -323,7 +323,9 @@ def test_many_prompts_stream_in_bounded_memory(count, tmp_path):
     rng = random.Random(0)
     contexts = [[rng.randrange(200) for _ in range(20)] for _ in range(50)]
     asked = [[*rng.choice(contexts), rng.randrange(200), rng.randrange(4)] for _ in range(count)]
-    assert computed == len(distinct(asked))
+    # A token is computed again if a later window parts from it in the middle of a stored span, where no logits are.
+    parting = {tuple(prompt[:-1]) for prompt in asked}
+    assert len(distinct(asked)) <= computed <= len(distinct(asked)) + len(parting)
     # The map of the store counts as memory of the process where its pages were read, so that some growth is the store's.
     stored_mib = sum(file.stat().st_size for file in (tmp_path / "store").iterdir()) / 2**20
     assert grown_mib < stored_mib + 64

@@ -219,7 +219,7 @@ class TestCaches:
             engine.get(TEXT if fresh else TEXT + " again")
             cache = engine._extender.held.cache
             assert all(layer._owns() for layer in cache.layers)
-            assert cache.stacks(engine._extender._layout) is not None
+            assert cache.stacks(engine._extender.layout) is not None
             place = cache.layers[0].keys.data_ptr()
             with torch.no_grad():
                 engine.model(torch.tensor([[5, 6]]), past_key_values=cache, use_cache=True)

@@ -21,7 +21,7 @@ from promptdb.commits import PutRequest, SpanPayload
 from promptdb.errors import PromptError, WriteBehindError
 from promptdb.format import NODES, TABLES, Group
 from promptdb.keys import Root, pack_tokens, unpack_tokens
-from promptdb.kv import load_cache, load_scores
+from promptdb.kv import KvSource, load_cache, load_scores
 from promptdb.scores import TokenScores
 from promptdb.storer import Storer
 from promptdb.testing import encode_tokens, scratch_directory
@@ -364,35 +364,39 @@ def test_a_lookup_waits_for_its_group_and_no_longer(db, transactions):
     queue.close()
 
 
-def test_closing_does_not_leave_a_submission_behind():
-    """It waited for room when the queue was closed: it is committed or refused, and nobody waits for ever."""
-    for _ in range(20):
-        committed, gate, refused = [], threading.Event(), []
+def test_a_submission_that_waited_while_the_queue_was_closed_is_refused():
+    """Its thread has ended, or is about to: nobody would commit it, and flush would wait for ever."""
+    committed, gate, entered = [], threading.Event(), threading.Event()
 
-        def commit(requests, committed=committed, gate=gate):
-            assert gate.wait(TIMEOUT_S)
-            committed.extend(requests)
+    def commit(requests):
+        entered.set()
+        assert gate.wait(TIMEOUT_S)
+        committed.extend(requests)
 
-        queue = WriteBehind(commit, max_pending_bytes=1)
-        queue.submit(request([1]), 1)
+    queue = WriteBehind(commit, max_pending_bytes=1)
+    queue.submit(request([1]), 1)
+    assert entered.wait(TIMEOUT_S)
+    refused = []
 
-        def submit(queue=queue, refused=refused):
-            try:
-                queue.submit(request([2]), 1)
-            except WriteBehindError as error:
-                refused.append(error)
+    def submit():
+        with pytest.raises(WriteBehindError, match="closed"):
+            queue.submit(request([2]), 1)
+        refused.append(True)
 
-        submitter, closer = threading.Thread(target=submit), threading.Thread(target=queue.close)
-        submitter.start()
-        closer.start()
-        time.sleep(0.002)
-        assert committed == []
-        gate.set()
-        submitter.join(TIMEOUT_S)
-        closer.join(TIMEOUT_S)
-        assert len(committed) + len(refused) == 2
-        queue.flush()
-        assert not queue._thread.is_alive()
+    submitter = threading.Thread(target=submit)
+    submitter.start()
+    while not queue._condition._waiters:
+        time.sleep(0.001)
+    queue.flush = lambda: None  # it has returned just before the submission gets its turn
+    closer = threading.Thread(target=queue.close)
+    closer.start()
+    while not queue._stopping:
+        time.sleep(0.001)
+    assert committed == refused == []
+    gate.set()
+    for thread in (submitter, closer):
+        thread.join(TIMEOUT_S)
+    assert (len(committed), refused) == (1, [True])
 
 
 KILLED = """
@@ -491,7 +495,7 @@ def store(storer, tokens, cuts, logits=(), shift=0):
     rows = {at - 1: torch.full((3,), float(at)) for at in logits}
     spans = list(pairwise(cuts))
     options = {"compute_s_per_token": 0.1, "provenance": {}, "shift": shift}
-    storer.store(ROOT, pack_tokens(tokens), spans, cache, scores, rows, **options)
+    storer.store(ROOT, pack_tokens(tokens), spans, KvSource(cache), scores[cuts[0] :], rows, **options)
     cache.stacks(LAYOUT)[0].zero_()  # it may be changed once that returned
     return states
 

@@ -15,7 +15,7 @@ from promptdb import Engine, PromptDB, storer
 from promptdb.blobs import TensorSpec, build_blob, parse_blob
 from promptdb.format import KV_BLOB, LOGPROBS_BLOB
 from promptdb.keys import Root
-from promptdb.kv import encode_span, load_scores, trim_blobs
+from promptdb.kv import KvSource, encode_span, load_scores, trim_blobs
 from promptdb.runner import token_logprobs, token_scores
 from promptdb.scores import TokenScores
 
@@ -130,9 +130,11 @@ class TestFromLogits:
         logits[2, 7] = math.nan
         logits[5] = -math.inf
         logits[9, 3] = math.inf
+        logits[10, 4] = math.inf
         targets = torch.full((12,), 3)
         logprobs = token_scores(logits, targets).logprobs
         assert logprobs.isnan().nonzero()[:, 0].tolist() == [2, 5, 9]
+        assert logprobs[10] == -math.inf
         torch.testing.assert_close(logprobs, token_logprobs(logits, targets), equal_nan=True)
 
     def test_what_a_caller_may_pass(self):
@@ -218,11 +220,12 @@ def test_a_greedy_continuation_is_told_from_the_store_alone(db):
 def test_what_a_caller_does_to_a_result_reaches_nobody_else(db):
     model, tokenizer = shared_model("llama"), shared_tokenizer()
     with Engine(db, model, tokenizer) as engine:
-        for _ in range(3):  # computed, held, held
-            got = engine.get(TEXT)
+        for computed in (True, False, False):
+            got = engine.get(TEXT, store=False)
+            assert (got.tokens_computed > 0) == computed
             assert_greedy(got, model)
             got.greedy_ids.fill_(3)
-        longer = engine.get(TEXT + "And more.")
+        longer = engine.get(TEXT + "And more.", store=False)
         assert_greedy(longer, model)
 
 
@@ -232,8 +235,8 @@ def test_spans_lose_their_first_tokens_together(db):
         cache = engine.get(TEXT).past_key_values()
         layout = engine._extender.layout
     scores = scores_of(*((-float(at), at + 100) for at in range(10)))
-    whole = encode_span(cache, layout, 20, 30, scores)
-    expected = encode_span(cache, layout, 23, 30, scores[3:])
+    whole = encode_span(KvSource(cache), 20, 30, scores)
+    expected = encode_span(KvSource(cache), 23, 30, scores[3:])
     trimmed = trim_blobs(whole, layout, 3)
     assert {kind: bytes(blob) for kind, blob in trimmed.items()} == {
         kind: bytes(blob) for kind, blob in expected.items()
@@ -247,8 +250,8 @@ def test_spans_lose_their_first_tokens_together(db):
 def store_with(monkeypatch, change, start=None):
     """Have score blobs written with other tensors: all of them, or those of spans that start at ``start``."""
 
-    def encode(cache, layout, first, end, scores):
-        blobs = encode_span(cache, layout, first, end, scores)
+    def encode(source, first, end, scores):
+        blobs = encode_span(source, first, end, scores)
         if start in (None, first):
             tensors = {
                 name: (TensorSpec(name, view.dtype, view.shape), bytes(view.data))

@@ -24,7 +24,7 @@ ORDER = (
     "cost", "explain",
     "buffers", "ambient", "cache", "staging", "scores", "kv", "masks", "runner", "probe", "loader", "writer", "storer",
     "representation", "loading",
-    "generation", "extender", "tree", "plan", "levels", "passes", "batch", "scoring", "engine", "text",
+    "generation", "extender", "tree", "plan", "levels", "forecast", "passes", "batch", "scoring", "engine", "text",
     "arguments", "calls",
     "demo_models", "demo_text", "demo_training", "demo",
     "lm_eval",
