@@ -326,6 +326,6 @@ def test_many_prompts_stream_in_bounded_memory(count, tmp_path):
     # A token is computed again if a later window parts from it in the middle of a stored span, where no logits are.
     parting = {tuple(prompt[:-1]) for prompt in asked}
     assert len(distinct(asked)) <= computed <= len(distinct(asked)) + len(parting)
-    # The map of the store counts as memory of the process where its pages were read, so that some growth is the store's.
+    # Pages of the store's map that were read count as memory of the process.
     stored_mib = sum(file.stat().st_size for file in (tmp_path / "store").iterdir()) / 2**20
     assert grown_mib < stored_mib + 64
