@@ -30,3 +30,18 @@ def plain_torch(device: torch.device) -> Iterator[None]:
             torch.set_default_dtype(torch.float32)
             stack.callback(torch.set_default_dtype, default_dtype)
         yield
+
+
+def _settle_vector_math() -> None:
+    """Call each of MKL's vector functions once, on one thread.
+
+    The first call of one in a process may run at low precision if several threads make it (pytorch #188792): off by
+    1e-4, once, silently, and then stored for good.
+    """
+    names = "acos asin atan cos erf erfc erfinv exp log log2 log10 sin sqrt tan tanh trunc expm1 log1p sigmoid"
+    for dtype in (torch.float32, torch.float64):
+        for name in names.split():
+            getattr(torch, name)(torch.full((1,), 0.5, dtype=dtype, device="cpu"))
+
+
+_settle_vector_math()
