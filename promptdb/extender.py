@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from promptdb.cache import PromptCache, bytes_per_token
+from promptdb.cache import PromptCache, bytes_per_token, layout_of
 from promptdb.cost import CostModel
 from promptdb.errors import CorruptDataError, NonFiniteError
 from promptdb.format import Layout
@@ -223,8 +223,7 @@ class Extender:
             return None
 
         storing = perf_counter()
-        source = KvSource(cache)
-        self.layout = layout = source.layout
+        self.layout = layout = layout_of(cache)
         is_stored = store and not self.db.readonly and not match.is_damaged
         if is_stored:
             self.cost.sized(bytes_per_token(layout))
@@ -238,7 +237,7 @@ class Extender:
                 root,
                 asked.packed,
                 spans,
-                source,
+                KvSource(cache, first_new),
                 scores[first_new:],
                 result.logits,
                 compute_s_per_token=compute_s / (total - start),

@@ -54,17 +54,26 @@ def bytes_of(tensor: torch.Tensor) -> bytes:
 
 
 class KvSource:
-    """A cache that spans are encoded from, looked at once: it must not change meanwhile."""
+    """A cache that spans are encoded from, looked at once: it must not change meanwhile.
 
-    def __init__(self, cache: PromptCache) -> None:
+    Parameters
+    ----------
+    first : the first token that a span is encoded from. From a device, all from there on is copied at once.
+    """
+
+    def __init__(self, cache: PromptCache, first: int = 0) -> None:
         self.layout = layout_of(cache)
-        self._cache = cache
+        self._cache, self._first = cache, 0
         self._stacks = cache.stacks(self.layout)
+        if self._stacks and self._stacks[0].device.type != "cpu":
+            end = cache.get_seq_length()
+            self._stacks = [stack[:, :, first:end].cpu() for stack in self._stacks]
+            self._first = first
 
     def copy(self, group: int, start: int, end: int, target: torch.Tensor) -> None:
         """Copy tokens ``[start, end)`` of a group of layers to ``[slots, kv_heads, end - start, head_dim]``."""
         if self._stacks is not None:
-            target.copy_(self._stacks[group][:, :, start:end])
+            target.copy_(self._stacks[group][:, :, start - self._first : end - self._first])
             return
         for at, slot in enumerate(self.layout[group].slots):
             target[at].copy_(self._cache.slot(slot)[0, :, start:end])

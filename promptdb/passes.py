@@ -249,10 +249,13 @@ class Passes:
     ) -> tuple[list[TokenScores], list[dict[int, torch.Tensor]]]:
         """Run branches side by side in one sequence, each token seeing its ancestors."""
         pieces = [*section.past, *section.new]
-        numbers = torch.tensor([piece.num_tokens for piece in pieces])
-        first = torch.tensor([piece.segment for piece in pieces]).repeat_interleave(numbers)
-        last = torch.tensor([self._segments[piece.segment].last for piece in pieces]).repeat_interleave(numbers)
-        positions = torch.cat([torch.arange(piece.start, piece.end) for piece in pieces])
+        # Where the model is: a mask of thousands by thousands takes long to make on a CPU.
+        device = self._runner.device
+        numbers = torch.tensor([piece.num_tokens for piece in pieces], device=device)
+        first = torch.tensor([piece.segment for piece in pieces], device=device).repeat_interleave(numbers)
+        last = torch.tensor([self._segments[piece.segment].last for piece in pieces], device=device)
+        last = last.repeat_interleave(numbers)
+        positions = torch.cat([torch.arange(piece.start, piece.end) for piece in pieces]).to(device)
         past = section.num_past
         # In depth-first order a segment's subtree is a range of numbers.
         query = first[past:, None]
@@ -360,7 +363,7 @@ class Passes:
             "past_tokens": section.num_past,
             "pass_tokens": section.num_new,
         }
-        slot, source = section.num_past, KvSource(slots.cache)
+        slot, source = section.num_past, KvSource(slots.cache, section.num_past)
         with extender.storer.together():
             for piece, found in zip(section.new, rows, strict=True):
                 segment = self._segments[piece.segment]

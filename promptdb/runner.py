@@ -247,9 +247,10 @@ class Runner:
 
         Parameters
         ----------
-        token_ids, positions : ``[m]`` int64 on the CPU: the tokens, and their places in their prompts.
+        token_ids, positions : ``[m]`` int64, on any device: the tokens, and their places in their prompts.
         visible : ``[m, k + m]`` bool: which tokens of the cache, and which of these, each one sees.
-        past : ``[k]`` int64: places of the cache's tokens in their prompts.
+        past : ``[k]`` int64: places of the cache's tokens in their prompts. On one device with ``positions`` and
+            ``visible``.
 
         Returns
         -------

@@ -7,6 +7,7 @@ import torch
 from conftest import TEXT, shared_tokenizer
 
 from promptdb import Engine, PromptDB
+from promptdb.batch import BatchLimits
 from promptdb.demo_models import random_model
 from promptdb.identity import weights_id
 
@@ -83,3 +84,25 @@ def test_generate(db):
     with Engine(db, model, tokenizer) as engine:
         engine.get(TEXT)
         assert torch.equal(engine.generate(TEXT, max_new_tokens=12, do_sample=False), expected)
+
+
+@pytest.mark.parametrize("way", ["packed", "batched", "single"])
+@pytest.mark.parametrize("arch", ["gpt2", "llama", "gemma2"])
+def test_a_batch_equals_one_by_one(arch, way, db):
+    model, tokenizer = random_model(arch).cuda(), shared_tokenizer()
+    token_ids = tokenizer(TEXT).input_ids
+    prompts = [token_ids[:end] + [7, 8, 9][:extra] for end in (30, 50, 51) for extra in range(4)]
+    limits = BatchLimits(pass_tokens=32, way=way)
+    with Engine(db, model, tokenizer) as engine:
+        engine.get(token_ids[:20])
+        for _ in range(2):
+            for got, prompt in zip(engine.run(prompts, limits=limits), prompts, strict=True):
+                with torch.no_grad():
+                    expected = model(torch.tensor([prompt], device="cuda")).logits[0]
+                assert got.logits.is_cuda
+                torch.testing.assert_close(got.logits, expected[-1], rtol=0, atol=1e-4)
+        cache = engine.get(prompts[-1]).past_key_values()
+        with torch.no_grad():
+            plain = model(torch.tensor([prompts[-1]], device="cuda"), use_cache=True).past_key_values
+        for one, other in zip(cache.layers, plain.layers, strict=True):
+            torch.testing.assert_close(one.keys, other.keys, rtol=0, atol=1e-4)
