@@ -67,7 +67,7 @@ class Masks:
         Parameters
         ----------
         visible : ``[q, k]`` bool: whether a query sees a key, windows aside.
-        query_positions, key_positions : ``[q]`` and ``[k]`` int64: places in the prompt, on one device with ``visible``.
+        query_positions, key_positions : ``[q]`` and ``[k]`` int64: places in the prompt, where ``visible`` is.
         device : where the mask is wanted.
 
         Notes
