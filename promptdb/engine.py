@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from importlib.metadata import version
 from time import perf_counter
 from types import TracebackType
 from typing import Any
@@ -17,20 +15,18 @@ from promptdb import batch, scoring
 from promptdb.ambient import plain_torch
 from promptdb.batch import BatchLimits, Progress, Result
 from promptdb.cache import PromptCache
-from promptdb.cost import CostModel
 from promptdb.db import PromptDB
-from promptdb.errors import InputTypeError, ModelError, StoreError, UnsupportedModelError
+from promptdb.errors import InputTypeError, ModelError, StoreError
 from promptdb.explain import Explanation, explain
 from promptdb.extender import Extender, Fetch, nothing_found
 from promptdb.keys import Root, unpack_tokens
-from promptdb.probe import probe
+from promptdb.registration import register
 from promptdb.representation import Representation
 from promptdb.runner import Runner
 from promptdb.scoring import Classification, Score
 from promptdb.snapshot import Match
 from promptdb.tokenizer_identity import tokenizer_id
 from promptdb.tokens import Encoder, Prompt, as_prompt
-from promptdb.version import __version__
 from promptdb.watch import ModelWatch
 
 # A span may vanish, or the model change, between lookup and use; who loses so often has another problem.
@@ -143,7 +139,8 @@ class Engine:
             if root is not None:
                 self._extender.replace_runner(Runner(self.model))
             root = Root(weights_id, self.tokenizer_id, self.namespace)
-            self._register(root)
+            name = type(self.tokenizer).__name__
+            self._extender.cost = register(self.db, root, self._extender.runner, self.encoder, name)
             self._root = root
         return root
 
@@ -156,47 +153,6 @@ class Engine:
     def max_tokens(self) -> int | None:
         """Longest prompt that the model computes exactly, in tokens, or None."""
         return self._extender.runner.max_tokens
-
-    def _register(self, root: Root) -> None:
-        registry, runner = self.db.registry, self._extender.runner
-        known = registry.model(root.weights_id) or {}
-        self._extender.cost = CostModel(known)
-        # What was found exact by other versions is tried again.
-        versions = f"promptdb {__version__}, transformers {version('transformers')}, torch {version('torch')}"
-        versions += f", {runner.attention} attention on {self.device.type}"
-        if known.get("probed_with") != versions:
-            with plain_torch(self.device):
-                found = probe(runner)
-            if found.steps > found.tolerance:
-                raise UnsupportedModelError(
-                    f"{runner.model_type} models are not supported: extending a prefix changes the logits by "
-                    f"{found.steps:.1e} of the largest",
-                    "its positions, mask or cache are not those of an ordinary decoder",
-                )
-            if math.isnan(found.steps):
-                versions = ""  # nothing can be told of a model whose logits are not finite; nor will they be stored
-            ways = found.exact_ways
-        else:
-            ways = frozenset(str(known.get("exact_ways", "")).split())
-        runner.exact_ways = ways
-        if self.db.readonly:
-            return
-        probed = {"probed_with": versions, "exact_ways": " ".join(sorted(ways))}
-        registry.add_model(root.weights_id, {**self._describe(), **probed})
-        registry.add_tokenizer(
-            root.tokenizer_id, {**self.encoder.registry_fields(), "name": type(self.tokenizer).__name__}
-        )
-
-    def _describe(self) -> dict[str, Any]:
-        config = self.model.config
-        return {
-            "model_type": config.model_type,
-            "name": str(getattr(config, "_name_or_path", "") or type(self.model).__name__),
-            "num_layers": int(getattr(config.get_text_config(), "num_hidden_layers", 0) or 0),
-            "num_parameters": sum(parameter.numel() for parameter in self.model.parameters()),
-            "dtype": str(self.model.dtype).removeprefix("torch."),
-            "max_tokens": self._extender.runner.max_tokens or 0,
-        }
 
     def tokenize(self, prompt: Any) -> Prompt:
         """Return a prompt's tokens and the boundaries of its pieces.

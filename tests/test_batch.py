@@ -238,11 +238,11 @@ def test_the_probe_catches_a_boolean_mask(db, monkeypatch):
 
 
 def test_ways_are_remembered_with_the_model(db, monkeypatch):
-    from promptdb import engine as engine_module
+    from promptdb import registration
 
     with Engine(db, shared_model("mpt"), shared_tokenizer()) as engine:
         assert engine._extender.runner.exact_ways == {"batched"}
-    monkeypatch.setattr(engine_module, "probe", lambda runner: pytest.fail("probed again"))
+    monkeypatch.setattr(registration, "probe", lambda runner: pytest.fail("probed again"))
     with Engine(db, shared_model("mpt"), shared_tokenizer()) as engine:
         assert engine._extender.runner.exact_ways == {"batched"}
 
