@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -11,9 +11,10 @@ import torch
 
 from promptdb.ambient import plain_torch
 from promptdb.cache import bytes_per_token
-from promptdb.errors import ModelError, UnsupportedModelError
+from promptdb.errors import InputTypeError, ModelError, PromptError, UnsupportedModelError
 from promptdb.extender import nothing_found
-from promptdb.keys import Root, common_prefix, unpack_tokens
+from promptdb.forecast import Sizes
+from promptdb.keys import Root, common_prefix
 from promptdb.passes import Passes, VanishedError
 from promptdb.plan import Limits
 from promptdb.scores import TokenScores
@@ -47,6 +48,14 @@ class BatchLimits:
     pass_tokens: int = 512
     cache_bytes: int = 2 << 30
     way: str | None = None
+
+    def __post_init__(self) -> None:
+        sizes = {"window_tokens": self.window_tokens, "pass_tokens": self.pass_tokens, "cache_bytes": self.cache_bytes}
+        for name, value in sizes.items():
+            if type(value) is not int or value < 1:
+                raise InputTypeError(f"{name} is {value!r}", "give a positive number")
+        if self.way not in (None, "packed", "batched", "single"):
+            raise InputTypeError(f"way is {self.way!r}", 'choose "packed", "batched", "single" or None')
 
     @classmethod
     def for_device(cls, device: torch.device) -> BatchLimits:
@@ -95,17 +104,42 @@ def run(
     want_logits : return, and where they are computed store, the logits after the last token.
     on_progress : called after every section, while the engine is busy.
 
+    Raises
+    ------
+    PromptError, InputTypeError
+        Of a prompt that cannot be used, with its number; after the results of those before it.
+
     Notes
     -----
     The engine is free for others between windows. See docs/batches.md.
     """
+    if isinstance(prompts, (str, bytes, Mapping)) or not isinstance(prompts, Iterable):
+        raise InputTypeError(
+            f"prompts must be an iterable of prompts, not {type(prompts).__name__}", "put it in a list"
+        )
+    asked = _asked(engine, prompts)
     if engine.strict:  # only what was computed in one pass of its own counts
-        yield from (_alone(engine, prompt, store=store) for prompt in prompts)
+        for prompt in asked:
+            result = _alone(engine, prompt, store=store)
+            if on_progress is not None:
+                on_progress(Progress(result.tokens_loaded, result.tokens_computed))
+            yield result
         return
     bounds = limits or BatchLimits.for_device(engine.device)
     row_bytes = engine._extender.runner.vocabulary * 4 if want_logits else 0
-    for window in _windows(map(engine.tokenize, prompts), bounds, row_bytes):
+    for window in _windows(asked, bounds, row_bytes):
         yield from _Window(engine, window, want_logits, store, bounds, on_progress).results()
+
+
+def _asked(engine: Engine, prompts: Iterable[Any]) -> Iterator[Prompt]:
+    """Yield the prompts' tokens; an error says which prompt it is about."""
+    for number, prompt in enumerate(prompts, 1):
+        try:
+            asked = engine.tokenize(prompt)
+            engine._extender.runner.check_prompt(asked.packed)
+        except (PromptError, InputTypeError) as error:
+            raise type(error)(f"prompt {number}: {error.message}", error.hint) from error
+        yield asked
 
 
 def _alone(engine: Engine, prompt: Any, *, store: bool) -> Result:
@@ -120,7 +154,17 @@ def _alone(engine: Engine, prompt: Any, *, store: bool) -> Result:
 def _windows(prompts: Iterable[Prompt], limits: BatchLimits, row_bytes: int) -> Iterator[list[Prompt]]:
     window: list[Prompt] = []
     tokens = size_bytes = 0
-    for prompt in prompts:
+    source = iter(prompts)
+    while True:
+        try:
+            prompt = next(source)
+        except StopIteration:
+            break
+        except Exception:
+            # What came before has a right to its results.
+            if window:
+                yield window
+            raise
         shared = common_prefix(window[-1].packed, prompt.packed) if window else 0
         tokens += prompt.num_tokens - shared
         size_bytes += row_bytes + 16 * prompt.num_tokens
@@ -153,16 +197,19 @@ class _Window:
             engine._check_open()
             engine._num_computed += 1
             self._extender.held = None  # its memory is needed, and what follows stands on the store
-            for attempt in range(_ATTEMPTS):
+            attempts = 0
+            while attempts < _ATTEMPTS:
                 root = engine.root
                 runner = self._extender.runner
                 runner.check_mode()
                 runner.check_placement()
                 self._extender.storer.queue.flush()
+                healed = self._extender.loader.num_healed
                 try:
-                    return self._attempt(root, blindly=attempt == _ATTEMPTS - 1)
+                    return self._attempt(root, blindly=attempts == _ATTEMPTS - 1)
                 except VanishedError:
-                    continue
+                    # What was damaged is a miss from now on: there may be more of it.
+                    attempts += self._extender.loader.num_healed == healed
         raise ModelError("the model's weights change while they are used", "change them between calls")
 
     def _attempt(self, root: Root, *, blindly: bool) -> list[Result]:
@@ -170,12 +217,15 @@ class _Window:
         extender, loader = self._extender, self._extender.loader
         packed = [prompt.packed for prompt in self._prompts]
         matches = extender.match_all(root, packed) if not blindly else [nothing_found(root, each) for each in packed]
-        stored = loader.many(matches, want_logits=self._want_logits, device=extender.runner.device)
-        if stored is None:
+        healed = loader.num_healed
+        read = loader.many(matches, want_logits=self._want_logits, device=extender.runner.device)
+        lost = [at for at, each in enumerate(read) if each is None]
+        if lost and loader.num_healed != healed:
             raise VanishedError
+        for at in lost:  # gone, or damaged in a store that cannot be put right: these alone are computed as if new
+            matches[at] = Match(root, packed[at], (), 0, has_logits=False)
+        stored = [each or (TokenScores.unknown(0), None) for each in read]
         missing = [at for at, match in enumerate(matches) if not self._is_done(match)]
-        for at in missing:
-            extender.runner.check_prompt(torch.tensor(unpack_tokens(packed[at]), dtype=torch.int64))
         lookup_s = perf_counter() - began
         done = sum(self._prompts[at].num_tokens for at in range(len(matches))) - sum(
             self._prompts[at].num_tokens for at in missing
@@ -244,9 +294,13 @@ class _Window:
 
     def _pass_limits(self, way: str) -> Limits:
         runner, layout = self._extender.runner, self._extender.layout
-        token_bytes = bytes_per_token(layout) if layout else 1 << 16
-        # Two caches are alive at once: a section's, and that of the one before it.
-        cache_tokens = max(1, self._limits.cache_bytes // (2 * token_bytes))
+        config = runner.model.config.to_dict()
+        told = Sizes.of_config(config, str(runner.model.dtype).removeprefix("torch.")).kv_bytes_per_token
+        token_bytes = bytes_per_token(layout) if layout else told or 1 << 16
+        # Two caches are alive at once: a section's, and that of the one before it. Of rows, those of all parents, their
+        # own, and the batch before and after it grew.
+        alive = 4 if way == "batched" else 2
+        cache_tokens = max(1, self._limits.cache_bytes // (alive * token_bytes))
         return Limits(
             pass_tokens=self._limits.pass_tokens,
             chain_tokens=max(32, self._limits.pass_tokens * 3 // 8),

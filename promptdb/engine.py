@@ -424,6 +424,9 @@ class Engine:
         The prompts are computed as one tree, as by :meth:`run`; then each is continued by itself, from its stored keys
         and values, so that a prompt gives what it gives alone.
         """
+        if self.db.readonly:  # nothing of a batch would be found again
+            yield from (self.generate(prompt, **hf_kwargs) for prompt in prompts)
+            return
         for result in self.run(prompts):
             yield self.generate(list(result.token_ids), **hf_kwargs)
 

@@ -125,7 +125,12 @@ class Extender:
                     record = snapshot.record(step.node)
                 except CorruptDataError:
                     record = None
-                same = record is not None and record.provenance.get("past_tokens") == 0
+                # Beside other prompts, in one sequence or as rows of a batch, is another computation.
+                same = (
+                    record is not None
+                    and record.provenance.get("past_tokens") == 0
+                    and record.provenance.get("way", "plain") == "plain"
+                )
                 if record is None or not same or any(record.provenance.get(name) != here[name] for name in here):
                     return Match(match.root, match.packed, match.steps[:number], step.start, has_logits=False)
         # Logits inside a span came from another run than the span.
@@ -199,7 +204,7 @@ class Extender:
         runner, root, total = self.runner, match.root, asked.num_tokens
         token_ids = torch.tensor(unpack_tokens(asked.packed), dtype=torch.int64, device="cpu")
         runner.check_placement()
-        runner.check_prompt(token_ids)
+        runner.check_prompt(asked.packed)
         looked_up = perf_counter()
         prefix = self._prefix(match, total, from_start=keep_all or self._strict)
         if prefix is None:

@@ -54,7 +54,7 @@ class Levels(Generic[State]):
         ready = self._ready[start]
         # Like lengths beside each other: the shortest decides how far all of them go.
         ready.sort(key=lambda entry: self._segments[entry[0]].end)
-        length = self._segments[ready[0][0]].end - start
+        length = min(self._segments[ready[0][0]].end - start, max(1, self._limits.pass_tokens))
         most = min(self._limits.pass_tokens // length, self._limits.cache_tokens // (start + length))
         taken, left = ready[: max(1, most)], ready[max(1, most) :]
         if left:

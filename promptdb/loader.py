@@ -31,6 +31,7 @@ class Loader:
 
     def __init__(self, db: PromptDB) -> None:
         self._db = db
+        self.num_healed = 0  # how often something damaged was taken out
 
     def complete(self, match: Match, device: torch.device) -> tuple[torch.Tensor, TokenScores] | None:
         """Return what a full hit needs: last logits ``[vocabulary]`` and the scores of all tokens.
@@ -84,29 +85,31 @@ class Loader:
 
     def many(
         self, matches: Sequence[Match], *, want_logits: bool, device: torch.device
-    ) -> list[tuple[TokenScores, torch.Tensor | None]] | None:
+    ) -> list[tuple[TokenScores, torch.Tensor | None] | None]:
         """Return the scores of all stored tokens of each match, and its last logits if it is complete.
 
-        Without ``want_logits``, no logits are read. None if something is gone or damaged: look up again.
+        Without ``want_logits``, no logits are read. None for a match of which something is gone or damaged: look it up
+        again.
         """
-        found: list[tuple[TokenScores, torch.Tensor | None]] = []
+        found: list[tuple[TokenScores, torch.Tensor | None] | None] = []
+        damaged: list[tuple[Match, CorruptDataError]] = []
         known: dict[bytes, ScoreBytes] = {}
-        match: Match | None = None
-        try:
-            with self._db.read() as snapshot:
-                for match in matches:
+        with self._db.read() as snapshot:
+            for match in matches:
+                try:
                     scores = load_scores(snapshot, match, match.num_tokens, known)
-                    view = None
-                    if want_logits and match.is_complete:
+                    view, is_wanted = None, want_logits and match.is_complete
+                    if is_wanted:
                         (end,) = prefix_digests(match.root.digest, match.packed, [match.num_tokens])
                         view = snapshot.logits(end)
-                    if scores is None or (want_logits and match.is_complete and view is None):
-                        return None
-                    found.append((scores, None if view is None else copy_of(view).to(device)))
-        except CorruptDataError as error:
-            assert match is not None
-            self._heal(match, error)
-            return None
+                    is_gone = scores is None or (is_wanted and view is None)
+                    logits = None if view is None else copy_of(view).to(device)
+                    found.append(None if is_gone or scores is None else (scores, logits))
+                except CorruptDataError as error:
+                    damaged.append((match, error))
+                    found.append(None)
+        for match, reason in damaged:
+            self._heal(match, reason)
         return found
 
     def layout(self, match: Match) -> Layout | None:
@@ -162,6 +165,7 @@ class Loader:
         logger.warning("%s: %s; computed again", what, error.message)
         if self._db.readonly:
             return
+        self.num_healed += 1
         if error.node:
             with suppress(KeyError):  # somebody else was faster
                 self._db.remove(error.node, only=True)

@@ -43,6 +43,8 @@ class Masks:
             all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
             and set(names) <= {"full_attention", "sliding_attention"}
             and all(self._windows[name] == window for name, window in zip(names, windows, strict=True))
+            # Windows that the layers apply by themselves, by places in the cache.
+            and not any(getattr(text, name, None) for name in ("window_size", "attention_layers", "attention_types"))
         )
 
     @property

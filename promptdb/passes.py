@@ -187,6 +187,8 @@ class Passes:
             self.scores[piece.segment][new - segment.stored : piece.end - segment.stored] = known
             self.num_computed[piece.segment] += piece.num_tokens
         self._extender.cost.computed(section.num_new, compute_s)
+        # A batch takes minutes: somebody may have gone on training.
+        self._runner.check_mode()
         if not self._still_valid():
             raise VanishedError
         self._extender.layout = layout_of(slots.cache)
@@ -199,7 +201,10 @@ class Passes:
         segment = self._segments[piece.segment]
         spans = self._spans(piece)
         again = {segment.stored - 1} if piece.start < segment.stored else set()
-        return sorted({end - 1 for _, end in spans} | {piece.end - 1} | again)
+        wanted = {end - 1 for _, end in spans} | {piece.end - 1} | again
+        if not self._want_logits and not segment.children and piece.end == segment.end:
+            wanted.discard(piece.end - 1)  # a row of the vocabulary for each prompt, which nothing stands on
+        return sorted(wanted)
 
     def _spans(self, piece: Piece) -> list[tuple[int, int]]:
         segment = self._segments[piece.segment]
@@ -323,7 +328,7 @@ class Passes:
         seconds = (perf_counter() - began) / len(rows)
         for row, part, own, (scores, found) in zip(rows, parts, slots, results, strict=True):
             self._finish(part, own, scores, found, seconds, "batched")
-            own.last = found[0][row.piece.end - 1]
+            own.last = found[0].get(row.piece.end - 1)
             levels.done(row, own)
 
     def _path_pieces(self, piece: Piece) -> list[Piece]:
@@ -341,10 +346,15 @@ class Passes:
     def _keep(self, section: Section, rows: Sequence[dict[int, torch.Tensor]]) -> None:
         for piece, found in zip(section.new, rows, strict=True):
             segment = self._segments[piece.segment]
-            self._ends[piece.segment] = found[piece.end - 1]
-            if piece.end == segment.end and self._want_logits:
+            last = found.get(piece.end - 1)
+            if last is None:
+                continue
+            self._ends[piece.segment] = last
+            if piece.end == segment.end and self._want_logits and segment.ends:
+                if torch.isnan(last).any():
+                    raise NonFiniteError("the logits hold NaN", "check the model's weights and dtype")
                 for prompt in segment.ends:
-                    self.logits[prompt] = found[piece.end - 1].clone()  # each its own: callers may change theirs
+                    self.logits[prompt] = last.clone()  # each its own: callers may change theirs
 
     def _write(
         self,

@@ -12,14 +12,18 @@ from dataclasses import dataclass
 import torch
 from transformers.cache_utils import DynamicCache
 
-from promptdb.cache import PromptCache
+from promptdb.cache import PromptCache, layout_of
 from promptdb.runner import Runner
 
 _TOKENS = 24
+# More than the windows of architectures that do not tell theirs.
+_STRANGERS = 1024
 # Two branches after a trunk, the first of which has two branches again: parent and tokens of each segment.
 _TREE = ((-1, 9), (0, 5), (1, 3), (1, 4), (0, 3))
 
 WAYS = ("packed", "batched")
+# To be raised when the probe finds more than it did: what passed before is tried again.
+PROBE_VERSION = 2
 
 # Logits by the tokens of the tree that they stand after.
 _Rows = list[tuple[list[int], torch.Tensor]]
@@ -96,9 +100,12 @@ def _difference(runner: Runner, run: Callable[[Runner, torch.Tensor], _Rows]) ->
         expected.update(zip(path, rows, strict=True))
     try:
         found = run(runner, token_ids)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise  # which says nothing of the architecture
     except Exception:  # noqa: BLE001 - whatever it raises: this way is not for this architecture
         return math.inf
-    return max(_distance(logits, torch.stack([expected[token] for token in tokens])) for tokens, logits in found)
+    differences = [_distance(logits, torch.stack([expected[token] for token in tokens])) for tokens, logits in found]
+    return math.inf if any(map(math.isnan, differences)) else max(differences)
 
 
 def _paths() -> list[list[int]]:
@@ -122,14 +129,23 @@ def _packed(runner: Runner, token_ids: torch.Tensor) -> _Rows:
         for place, token in enumerate(path):
             visible[token, path[: place + 1]] = True
             positions[token] = place
-    found = []
-    for trunk in (0, _TREE[0][1]):
-        cache = PromptCache(total)
-        if trunk:
-            runner.extend(token_ids[:trunk], cache, 0, set())
-        logits = runner.packed(token_ids[trunk:], positions[trunk:], visible[trunk:], positions[:trunk], cache)
-        found.append((list(range(trunk, total)), logits))
-    return found
+    logits = runner.packed(token_ids, positions, visible, positions[:0], PromptCache(total))
+    trunk = _TREE[0][1]
+    cache = PromptCache(trunk)
+    runner.extend(token_ids[:trunk], cache, 0, set())
+    # Tokens of other prompts between the trunk and its branches: who goes by places in the cache and not by positions,
+    # as GPT-Neo's windows do, sees something else.
+    layout = layout_of(cache)
+    spread = PromptCache.of_layout(layout, trunk + _STRANGERS, total + _STRANGERS, runner.device)
+    for group in layout:
+        for slot in group.slots:
+            spread.slot(slot).zero_()
+            spread.slot(slot)[:, :, :trunk] = cache.slot(slot)
+    past = torch.cat((positions[:trunk], torch.zeros(_STRANGERS, dtype=torch.long)))
+    seen = torch.cat((visible[trunk:, :trunk], torch.zeros((total - trunk, _STRANGERS), dtype=torch.bool)), dim=1)
+    seen = torch.cat((seen, visible[trunk:, trunk:]), dim=1)
+    on_past = runner.packed(token_ids[trunk:], positions[trunk:], seen, past, spread)
+    return [(list(range(total)), logits), (list(range(trunk, total)), on_past)]
 
 
 def _batched(runner: Runner, token_ids: torch.Tensor) -> _Rows:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from promptdb.ambient import plain_torch
 from promptdb.cost import CostModel
 from promptdb.errors import UnsupportedModelError
-from promptdb.probe import probe
+from promptdb.probe import PROBE_VERSION, probe
 from promptdb.version import __version__
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def register(db: PromptDB, root: Root, runner: Runner, encoder: Encoder, tokeniz
     known = db.registry.model(root.weights_id) or {}
     # What was found exact by other versions is tried again.
     versions = f"promptdb {__version__}, transformers {version('transformers')}, torch {version('torch')}"
-    versions += f", {runner.attention} attention on {runner.device.type}"
+    versions += f", probe {PROBE_VERSION}, {runner.attention} attention on {runner.device.type}"
     if known.get("probed_with") != versions:
         with plain_torch(runner.device):
             found = probe(runner)

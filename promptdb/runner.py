@@ -18,6 +18,7 @@ from promptdb.errors import (
     TrainModeError,
     UnsupportedModelError,
 )
+from promptdb.keys import num_tokens, unpack_tokens
 from promptdb.masks import Masks
 from promptdb.scores import TokenScores
 
@@ -149,15 +150,14 @@ class Runner:
                 "load it on one device: without device_map, or with device_map={'': 0}",
             )
 
-    def check_prompt(self, token_ids: torch.Tensor) -> None:
-        """Raise if a prompt ``[n]`` is too long, or has IDs outside the vocabulary."""
-        count = token_ids.shape[0]
+    def check_prompt(self, packed: bytes) -> None:
+        """Raise if a prompt, as packed tokens, is too long, or has IDs outside the vocabulary."""
+        count, largest = num_tokens(packed), max(unpack_tokens(packed))
         if self.max_tokens is not None and count > self.max_tokens:
             raise PromptTooLongError(
                 f"the prompt has {count} tokens; this {self.model_type} computes {self.max_tokens} positions exactly",
                 "shorten the prompt",
             )
-        largest = int(token_ids.max())
         if largest >= self.vocabulary:
             raise TokenRangeError(
                 f"token ID {largest} is outside the model's vocabulary of {self.vocabulary}",

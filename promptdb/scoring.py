@@ -13,7 +13,7 @@ import torch
 
 from promptdb import batch
 from promptdb.errors import EmptyPromptError, InputTypeError
-from promptdb.keys import pack_tokens, unpack_tokens
+from promptdb.keys import num_tokens, unpack_tokens
 from promptdb.tokens import Prompt, as_prompt
 
 if TYPE_CHECKING:
@@ -78,6 +78,10 @@ def score(
     on_progress: Callable[[batch.Progress], None] | None = None,
 ) -> Iterator[Score]:
     """Yield the score of every (context, continuation); see :meth:`Engine.score`."""
+    if isinstance(items, (str, bytes, Mapping)) or not isinstance(items, Iterable):
+        raise InputTypeError(
+            f"what is scored must be an iterable of pairs, not {type(items).__name__}", "put it in a list"
+        )
     lengths: deque[int] = deque()  # of the contexts whose results are not there yet; a window at most
 
     def prompts() -> Iterator[Prompt]:
@@ -117,14 +121,13 @@ def _pair(engine: Engine, item: Any) -> tuple[Prompt, int]:
             "context and continuation must both be text or both be token IDs", "tokenise one, or decode the other"
         )
     if not _is_text(continuation):
-        before, after = list(context), list(continuation)
-        num_context = len(before)
-        prompt = Prompt(pack_tokens([*before, *after]), (num_context,) if before and after else ())
+        sides = [_token_ids(side, engine) for side in (context, continuation)]
+        num_context = num_tokens(sides[0])
+        prompt = Prompt(b"".join(sides), (num_context,) if all(sides) else ())
     else:
         pieces = [context] if isinstance(context, str) else context.pieces() if hasattr(context, "pieces") else context
-        if not isinstance(continuation, str):
-            continuation = continuation.string
-        prompt = as_prompt([*pieces, continuation], engine.encoder)
+        after = continuation.pieces() if hasattr(continuation, "pieces") else continuation
+        prompt = as_prompt([*pieces, after if isinstance(after, str) else "".join(after)], engine.encoder)
         if prompt.piece_ends is None:
             raise InputTypeError(
                 "this tokenizer does not tell where tokens stand in the text", "pass token IDs, or use a fast tokenizer"
@@ -140,6 +143,13 @@ def _pair(engine: Engine, item: Any) -> tuple[Prompt, int]:
             "the continuation has no tokens of its own", "give at least one character that is not dropped"
         )
     return prompt, num_context
+
+
+def _token_ids(side: Any, engine: Engine) -> bytes:
+    """Return the packed tokens of a context or a continuation, which may have none."""
+    if isinstance(side, Sequence) and not isinstance(side, (str, bytes, bytearray, memoryview)) and not len(side):
+        return b""
+    return as_prompt(side, engine.encoder).packed
 
 
 def _is_text(part: Any) -> bool:
@@ -158,6 +168,10 @@ def classify(
     store: bool = True,
 ) -> Iterator[Classification]:
     """Yield a classification for every context; see :meth:`Engine.classify`."""
+    if isinstance(contexts, (str, bytes, Mapping)) or not isinstance(contexts, Iterable):
+        raise InputTypeError(
+            f"contexts must be an iterable of contexts, not {type(contexts).__name__}", "classify() takes one"
+        )
     names = _checked(choices)
     weights = _log_prior(prior, names)
     if normalization not in NORMALIZATIONS:

@@ -61,7 +61,7 @@ class Segment:
         return self.stored - 1 if self.needs_again else self.stored
 
 
-@dataclass
+@dataclass(eq=False)
 class _Node:
     start: int
     end: int
@@ -125,7 +125,7 @@ def _split(node: _Node, position: int, roots: list[_Node]) -> _Node:
     """Give a node's first tokens a node of their own, which is returned."""
     upper = _Node(node.start, position, node.prompt, node.parent, [node])
     siblings = node.parent.children if node.parent else roots
-    siblings[siblings.index(node)] = upper
+    siblings[-1] = upper  # in the order of their bytes, it is the last that is split
     node.start, node.parent = position, upper
     return upper
 

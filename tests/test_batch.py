@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from promptdb import Engine, PromptDB
 from promptdb.batch import BatchLimits
-from promptdb.errors import PromptTooLongError, TokenRangeError, UnsupportedModelError
+from promptdb.errors import InputTypeError, PromptTooLongError, TokenRangeError, UnsupportedModelError
 
 TOLERANCE = 1e-5
 SMALL = BatchLimits(window_tokens=90, pass_tokens=24)
@@ -203,9 +203,9 @@ def test_past_key_values_of_a_batch(db):
 def test_wrong_prompts_are_named_and_nothing_is_stored(db):
     model, tokenizer = shared_model("gpt2"), shared_tokenizer()
     with Engine(db, model, tokenizer) as engine:
-        with pytest.raises(TokenRangeError, match="outside the model's vocabulary"):
-            list(engine.run([[1, 2, 3], [1, 10**6]]))
-        with pytest.raises(PromptTooLongError):
+        with pytest.raises(TokenRangeError, match=r"prompt 1: .* outside the model's vocabulary"):
+            list(engine.run([[1, 10**6], [1, 2, 3]]))
+        with pytest.raises(PromptTooLongError, match="prompt 1: "):
             list(engine.run([[1] * (engine.max_tokens + 1)]))
         engine.flush()
         assert db.stat()["num_nodes"] == 0
@@ -272,14 +272,173 @@ def test_long_prompts_and_small_memory(tmp_path):
 
 
 def test_a_strict_engine_takes_prompts_one_by_one(tmp_path):
-    model, tokenizer = shared_model("llama"), shared_tokenizer()
-    prompts = random_tree(random.Random(7))
-    with PromptDB(tmp_path / "store") as db:
-        with Engine(db, model, tokenizer) as engine:
-            list(engine.run(prompts))
-        with Engine(db, model, tokenizer, strict=True) as engine:
-            for representation, prompt in zip(engine.run(prompts), prompts, strict=True):
+    """In bfloat16 the way of computing shows: a strict engine gives the bits of a computation of its own."""
+    from promptdb.demo_models import random_model
+
+    model, tokenizer = random_model("llama", dtype="bfloat16"), shared_tokenizer()
+    prompts = [[*range(5, 30), number, number + 1] for number in range(100, 108)]
+    for way in ("packed", "batched"):
+        with PromptDB(tmp_path / way) as db, PromptDB.in_memory() as own:
+            with Engine(db, model, tokenizer) as engine:
+                list(engine.run(prompts, limits=BatchLimits(way=way)))
+            with (
+                Engine(db, model, tokenizer, strict=True) as engine,
+                Engine(own, model, tokenizer, strict=True) as other,
+            ):
+                reports = []
+                for found, expected in zip(
+                    engine.run(prompts, on_progress=reports.append), other.run(prompts), strict=True
+                ):
+                    assert found.tokens_computed > 0
+                    assert torch.equal(found.logits, expected.logits)
+                    assert torch.equal(found.token_logprobs, expected.token_logprobs)
+                assert len(reports) == len(prompts)
+
+
+def test_windows_by_places_in_the_cache_are_not_packed(db):
+    """GPT-Neo's layers apply their windows to slots of the cache, and its configuration has no sliding windows."""
+    from transformers import GPTNeoConfig, GPTNeoForCausalLM
+
+    config = GPTNeoConfig(
+        vocab_size=512, hidden_size=32, num_layers=2, num_heads=2, intermediate_size=64, window_size=16,
+        attention_types=[[["global", "local"], 1]], max_position_embeddings=256,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = GPTNeoForCausalLM(config).eval()
+    prompts = [[*range(5, 25), number, number + 1, number + 2] for number in range(100, 140)]
+    with Engine(db, model, shared_tokenizer()) as engine:
+        assert "packed" not in engine._extender.runner.exact_ways
+        for representation, prompt in zip(engine.run(prompts), prompts, strict=True):
+            assert_equal(representation, model, prompt)
+
+
+def test_the_probe_itself_sees_windows_by_places(db, monkeypatch):
+    from transformers import GPTNeoConfig, GPTNeoForCausalLM
+
+    from promptdb import masks
+    from promptdb.probe import probe
+    from promptdb.runner import Runner
+
+    monkeypatch.setattr(masks.Masks, "can_build", True)
+    torch.manual_seed(0)
+    config = GPTNeoConfig(
+        vocab_size=512, hidden_size=32, num_layers=2, num_heads=2, intermediate_size=64,
+        attention_types=[[["global", "local"], 1]],
+    )  # fmt: skip
+    assert probe(Runner(GPTNeoForCausalLM(config).eval())).exact_ways == {"batched"}
+
+
+def slow_batch(number):
+    """Return prompts that take several sections."""
+    return [[*range(5, 20), number, each, each + 1, each + 2] for each in range(100, 130)]
+
+
+def test_training_that_goes_on_during_a_batch_is_noticed(db):
+    from promptdb.demo_models import random_model
+    from promptdb.errors import TrainModeError
+
+    model = random_model("gpt2", attn_pdrop=0.5, resid_pdrop=0.5, embd_pdrop=0.5)
+    with Engine(db, model, shared_tokenizer()) as engine:
+        with pytest.raises(TrainModeError):
+            list(engine.run(slow_batch(1), limits=BatchLimits(pass_tokens=16), on_progress=lambda _: model.train()))
+        model.eval()
+        for representation, prompt in zip(engine.run(slow_batch(1)), slow_batch(1), strict=True):
+            assert_equal(representation, model, prompt)
+
+
+@pytest.mark.parametrize("way", ["packed", "batched", "single"])
+def test_weights_that_change_and_spans_that_go_during_a_batch(db, way):
+    from promptdb.demo_models import random_model
+
+    model = random_model("llama")
+    limits = BatchLimits(pass_tokens=16, way=way)
+    with Engine(db, model, shared_tokenizer()) as engine:
+        changes = iter([True])
+
+        def change(_):
+            if next(changes, False):
+                with torch.no_grad():
+                    model.lm_head.weight.mul_(1.5)
+
+        found = list(engine.run(slow_batch(1), limits=limits, on_progress=change))
+        for representation, prompt in zip(found, slow_batch(1), strict=True):
+            assert_equal(representation, model, prompt)
+        engine.get(slow_batch(2)[0][:18])
+        engine.flush()
+
+        def remove(_):
+            for node in [node for node, record in db.nodes() if record.start == 0]:
+                db.remove(node)
+
+        for representation, prompt in zip(
+            engine.run(slow_batch(2), limits=limits, on_progress=remove), slow_batch(2), strict=True
+        ):
+            assert_equal(representation, model, prompt)
+
+
+def test_damaged_spans_are_healed_together_and_the_rest_is_kept(db):
+    from promptdb.format import BLOBS
+
+    model = shared_model("llama")
+    prompts = [[*range(5, 25), number, number + 1] for number in range(100, 120)]
+
+    def damage(writer):
+        keys = [key for key, _ in writer.scan(BLOBS)][::5]
+        for key in keys:
+            value = bytearray(writer.get(BLOBS, key))
+            value[-1] ^= 1
+            writer.put(BLOBS, key, bytes(value))
+        return len(keys)
+
+    with Engine(db, model, shared_tokenizer()) as engine:
+        list(engine.run(prompts))
+        engine.flush()
+        assert db._index.transact(damage) > 4
+        db._verified._seen.clear()
+    with Engine(db, model, shared_tokenizer()) as engine:
+        for representation, prompt in zip(engine.run(prompts), prompts, strict=True):
+            assert_equal(representation, model, prompt)
+        for representation in engine.run(prompts):
+            representation.past_key_values()
+        engine.flush()
+        counts = counting(engine)
+        list(engine.run(prompts))
+        assert sum(counts) == 0
+
+
+def test_several_threads_run_batches_on_one_engine(db):
+    from concurrent.futures import ThreadPoolExecutor
+
+    model = shared_model("gpt2")
+    batches = [random_tree(random.Random(seed), prompts=6) for seed in (1, 1, 2)]
+    with Engine(db, model, shared_tokenizer()) as engine, ThreadPoolExecutor(3) as pool:
+        for found, prompts in zip(pool.map(lambda batch: list(engine.run(batch)), batches), batches, strict=True):
+            for representation, prompt in zip(found, prompts, strict=True):
                 assert_equal(representation, model, prompt)
+
+
+def test_what_came_before_an_error_has_its_results(db):
+    def source():
+        yield [1, 2, 3]
+        yield [1, 2, 4]
+        raise RuntimeError("no more")
+
+    with Engine(db, shared_model("gpt2"), shared_tokenizer()) as engine:
+        results = engine.run(source())
+        assert [list(next(results).token_ids), list(next(results).token_ids)] == [[1, 2, 3], [1, 2, 4]]
+        with pytest.raises(RuntimeError, match="no more"):
+            next(results)
+        assert engine.get([1, 2, 4]).tokens_computed == 0
+
+
+def test_wrong_arguments(db):
+    with Engine(db, shared_model("gpt2"), shared_tokenizer()) as engine:
+        for prompts in ("Hello", b"Hello", None, {"a": 1}):
+            with pytest.raises(InputTypeError, match="iterable of prompts"):
+                list(engine.run(prompts))
+        for options in ({"way": "nonsense"}, {"pass_tokens": 0}, {"cache_bytes": 1.5}):
+            with pytest.raises(InputTypeError):
+                BatchLimits(**options)
 
 
 STREAM = """

@@ -63,11 +63,14 @@ def test_scores_of_token_ids_and_of_greedy_ones(db):
 
 
 def test_scoring_stores_no_logits_of_ends_that_nobody_asked_for(db):
+    pairs = [([1, 2, 3], [4, 5]), ([1, 2, 3], [6])]
     with Engine(db, shared_model("gpt2"), shared_tokenizer()) as engine:
-        scores = list(engine.score([([1, 2, 3], [4, 5]), ([1, 2, 3], [6])]))
-        assert len(scores) == 2
-        # A second run needs none of them.
-        assert sum(score.tokens_computed for score in engine.score([([1, 2, 3], [4, 5]), ([1, 2, 3], [6])])) == 0
+        list(engine.score(pairs))
+        engine.flush()
+        # Those after the context only, on which both continuations stand.
+        assert db.stat()["num_logits"] == 1
+        assert sum(score.tokens_computed for score in engine.score(pairs)) == 0
+        assert engine.get([1, 2, 3, 4, 5]).tokens_computed == 1
 
 
 @pytest.mark.parametrize("normalization", ["none", "tokens", "bytes"])
@@ -101,6 +104,13 @@ def test_wrong_input_is_named(db):
             ([("a", "")], EmptyPromptError, "continuation"),
             ([([], [1])], EmptyPromptError, "context"),
             ([([1], [])], EmptyPromptError, "continuation"),
+            ([(b"a", b"b")], InputTypeError, "bytes"),
+            ([([True], [False])], InputTypeError, "boolean"),
+            ([({1, 2}, {3})], InputTypeError, "set"),
+            ([({1: 2}, {3: 4})], InputTypeError, "tokenizer's output"),
+            ([(None, [1])], InputTypeError, "NoneType"),
+            ("ab", InputTypeError, "iterable of pairs"),
+            (None, InputTypeError, "iterable of pairs"),
         ]:
             with pytest.raises(kind, match=message):
                 list(engine.score(items))
