@@ -1,8 +1,8 @@
-"""A batch of prompts that share prefixes, against running each of them: each figure with its alternative in the same run.
+"""Prompts that share prefixes, as one batch, against running each of them: every figure with its alternative beside it.
 
-Run: ``python benchmarks/batches.py [--dir DIR] [--size gpt2] [--runs N] [--device cuda --dtype bfloat16]``. The prompts are
-a grid: 16 choices of 6 tokens, each with 4 endings of 6, after a context of 400 tokens. DIR should be on the disk that a
-store would be on. Results are checked against plain forward passes.
+Run: ``python benchmarks/batches.py [--dir DIR] [--size gpt2] [--runs N] [--device cuda --dtype bfloat16]``. The prompts
+are a grid: 16 choices of 6 tokens, each with 4 endings of 6, after a context of 400 tokens. DIR should be on the disk
+that a store would be on. Results are checked against plain forward passes.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,7 @@ def run(directory: Path, model: Any) -> dict[str, float]:
     prompts = [context + choice + ending for choice in choices for ending in endings]
     device = model.device
     found = {}
-    flat = torch.tensor([context + sum(choices, []) + sum(endings * CHOICES, [])], device=device)
+    flat = torch.tensor([[*context, *chain(*choices), *chain(*endings * CHOICES)]], device=device)
     assert flat.shape[1] == CONTEXT + CHOICES * PIECE + CHOICES * ENDINGS * PIECE
 
     def plain() -> None:
@@ -109,7 +110,7 @@ def run(directory: Path, model: Any) -> dict[str, float]:
             found["first"], results = timed(first)
             assert sum(each.tokens_computed for each in results) == flat.shape[1]
         with Engine(db, model, byte_tokenizer()) as engine:
-            times = [timed(lambda: list(engine.run(prompts))) for _ in range(5)]  # noqa: B023
+            times = [timed(lambda: list(engine.run(prompts))) for _ in range(5)]
             found["second"] = median([seconds for seconds, _ in times])
             assert all(each.tokens_computed == 0 for each in times[0][1])
     found["plain"] = median([found["plain"], *(timed(plain)[0] for _ in range(2))])
@@ -125,7 +126,9 @@ def run(directory: Path, model: Any) -> dict[str, float]:
     return found
 
 
-def extensions(model: Any, context: list[int], choices: list[list[int]], endings: list[list[int]]) -> list[torch.Tensor]:
+def extensions(
+    model: Any, context: list[int], choices: list[list[int]], endings: list[list[int]]
+) -> list[torch.Tensor]:
     """The first seed's way: one extension for each text, from a copy of the cache of the text before it."""
     device = model.device
     cache = DynamicCache()

@@ -4,57 +4,90 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from promptdb.commits import PutReport
+from promptdb.commits import PutReport, PutRequest
 from promptdb.db import PromptDB
-from promptdb.keys import Root
+from promptdb.errors import ModelNotFoundError
 
 if TYPE_CHECKING:
     from promptdb.engine import Engine
 
 
 class CountingDB(PromptDB):
-    """A store that notes what each put wrote, by the prompt's packed tokens. Thread safe: a list's append is."""
+    """A store that remembers what its puts wrote until :meth:`claim` asks for it. Thread safe."""
 
     def __init__(self, path: str | None) -> None:
         super().__init__(path)
-        self._reports: list[tuple[bytes, PutReport]] = []
+        self._lock = threading.Lock()
+        # By length and content of the packed tokens of a put.
+        self._reports: dict[int, dict[bytes, PutReport]] = {}
 
-    def put(self, root: Root, packed: bytes, *args: Any, **options: Any) -> PutReport:
-        """See :meth:`PromptDB.put`."""
-        report = super().put(root, packed, *args, **options)
-        self._reports.append((packed, report))
-        return report
+    def put_many(self, requests: Sequence[PutRequest]) -> list[PutReport]:
+        """See :meth:`PromptDB.put_many`."""
+        reports = super().put_many(requests)
+        with self._lock:
+            for request, report in zip(requests, reports, strict=True):
+                known = self._reports.setdefault(len(request.packed), {})
+                known[request.packed] = add_reports(known.get(request.packed, PutReport()), report)
+        return reports
 
-    def written(self) -> dict[bytes, PutReport]:
-        """Return what was written so far for each prompt."""
-        totals: dict[bytes, PutReport] = {}
-        for packed, report in self._reports:
-            before = totals.get(packed, PutReport())
-            totals[packed] = PutReport(
-                before.num_spans + report.num_spans,
-                before.num_tokens + report.num_tokens,
-                before.num_bytes + report.num_bytes,
-            )
-        return totals
+    def claim(self, packed: bytes) -> PutReport:
+        """Return what was written of a prompt's packed tokens, and forget it: the next prompt that shares them wrote
+        nothing of them."""
+        found = PutReport()
+        with self._lock:
+            for length in [each for each in self._reports if each <= len(packed)]:
+                known = self._reports[length]
+                found = add_reports(found, known.pop(packed[:length], PutReport()))
+                if not known:
+                    del self._reports[length]
+        return found
+
+
+def add_reports(one: PutReport, other: PutReport) -> PutReport:
+    """Return the sum of two reports."""
+    return PutReport(*(getattr(one, field.name) + getattr(other, field.name) for field in fields(PutReport)))
 
 
 @contextmanager
 def open_engine(db: PromptDB, model: str, dtype: str, device: str | None, namespace: str) -> Iterator[Engine]:
     """Load a model, saying so on a terminal; leaving the context waits until all is stored."""
-    on_terminal = sys.stderr.isatty()
-    if not on_terminal:
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    on_terminal = _quieten()
     with _spinner(f"loading {model}") if on_terminal else nullcontext():
         engine = _load(db, model, dtype, device, namespace)
     with engine:
         yield engine
+
+
+def load_tokenizer(directory: Path) -> Any:
+    """Return the tokenizer of a checkpoint that the store does not know; no weights are read."""
+    _quieten()
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(directory)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ModelNotFoundError(
+            f"transformers cannot load the tokenizer of {directory}: {reason}", "check the directory"
+        ) from error
+
+
+def _quieten() -> bool:
+    """Keep the libraries from printing; return whether there is a terminal for what this program has to say."""
+    on_terminal = sys.stderr.isatty()
+    if not on_terminal:
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    return on_terminal
 
 
 def _load(db: PromptDB, model: str, dtype: str, device: str | None, namespace: str) -> Engine:

@@ -10,6 +10,7 @@ import click
 from promptdb import explain as library
 from promptdb.db import PromptDB
 from promptdb.errors import PromptError
+from promptdb.forecast import way_of
 from promptdb.keys import Root, unpack_tokens
 
 from .answer import print_extent
@@ -19,6 +20,7 @@ from .output import count, duration, print_json, print_line, print_table
 from .prompts import Asked, read_prompts
 from .texts import Decoders, quoted, tail, token_texts
 
+WAYS = ("packed", "batched", "single")
 _CONTEXT_WIDTH = 60
 _FIELD_NAMES = {"weights_id": "weights", "tokenizer_id": "tokenizer", "intervention_id": "intervention"}
 
@@ -41,7 +43,8 @@ def explain(
     """Tell why a prompt is stored or not.
 
     Shows where the prompt parts from the nearest stored one, under which other identity (weights, tokenizer) more of it
-    is stored, and what loading and computing would cost. Never loads a model.
+    is stored, what loading and computing would cost, and how the model runs many prompts at once: packed into one
+    sequence, batched side by side, or single, whichever of these was found exact. Never loads a model.
 
     Exit code: as of `promptdb get`.
 
@@ -110,7 +113,18 @@ def _explain(db: PromptDB, known: KnownModel | UnknownModelError, asked: Asked, 
         ],
         "load_s": found.cost.load_s,
         "compute_s": found.cost.compute_s,
+        **_ways(db, known.root),
     }
+
+
+def _ways(db: PromptDB, root: Root) -> dict[str, Any]:
+    """Return how several prompts may be computed at once with the model, and when that was found out."""
+    fields = db.registry.model(root.weights_id) or {}
+    if not fields.get("probed_with"):
+        return {"exact_ways": None, "way": None, "probed_with": None}
+    # One by one needs no probe: it is what the others are compared with.
+    exact = [way for way in WAYS if way in (*str(fields.get("exact_ways", "")).split(), WAYS[-1])]
+    return {"exact_ways": exact, "way": way_of(fields), "probed_with": fields["probed_with"]}
 
 
 def _explain_unknown(db: PromptDB, error: UnknownModelError, asked: Asked, namespace: str) -> dict[str, Any]:
@@ -197,6 +211,9 @@ def _print_parting(found: dict[str, Any]) -> None:
             ("cost       ", "bold"),
             ", ".join(costs) + " (measured rates)" if costs else "not measured yet; prompts of 32 tokens and more are",
         )
+    if found["exact_ways"]:
+        print_line(("ways       ", "bold"), f"{found['way']}; exact are {', '.join(found['exact_ways'])}")
+        print_line(("probed     ", "bold"), found["probed_with"])
 
 
 def _token(token: dict[str, Any]) -> str:

@@ -34,11 +34,15 @@ class KnownModel:
 
     def tokenize(self, pieces: tuple[str, ...]) -> Prompt:
         """Return the prompt's tokens; raises :class:`PromptError` for what cannot be stored."""
-        prompt = self.encoder.encode(pieces)
-        if 0 < self.max_tokens < prompt.num_tokens:
-            limit = f"this {self.model_type} computes {self.max_tokens} positions exactly"
-            raise PromptTooLongError(f"the prompt has {prompt.num_tokens} tokens; {limit}", "shorten the prompt")
-        return prompt
+        return check_length(self.encoder.encode(pieces), self.model_type, self.max_tokens)
+
+
+def check_length(prompt: Prompt, model_type: str, max_tokens: int) -> Prompt:
+    """Return a prompt unless it is longer than the model's positions; 0 is no limit. Raises as the engine does."""
+    if 0 < max_tokens < prompt.num_tokens:
+        limit = f"this {model_type} computes {max_tokens} positions exactly"
+        raise PromptTooLongError(f"the prompt has {prompt.num_tokens} tokens; {limit}", "shorten the prompt")
+    return prompt
 
 
 def find_model(db: PromptDB, model: str, dtype: str, namespace: str) -> KnownModel:
@@ -50,20 +54,34 @@ def find_model(db: PromptDB, model: str, dtype: str, namespace: str) -> KnownMod
         There is no such checkpoint, or no tokenizer beside it.
     UnknownModelError
         The store does not know it, or its files have changed; the message tells which.
+    IdentityError
+        Its tokenizer runs with transformers only.
     """
-    directory = resolve(model)
-    known = db.registry.checkpoint(checkpoint_key(directory, dtype))
-    if known is None:
-        _check_files(directory)
-        raise _unknown(db, model, directory, dtype)
+    root = find_root(db, model, dtype, namespace)
     try:
-        root = Root(known["weights_id"], known["tokenizer_id"], namespace)
         encoder = Encoder.from_registry(db.registry.tokenizer(root.tokenizer_id))
         fields = db.registry.model(root.weights_id) or {}
         return KnownModel(root, encoder, str(fields.get("model_type", "model")), int(fields.get("max_tokens") or 0))
     except (KeyError, TypeError) as error:
-        message = f"the store's entry of {model} lacks or garbles {error}"
-        raise CorruptDataError(message, "`promptdb put` writes it again") from error
+        raise _garbled(model, error) from error
+
+
+def find_root(db: PromptDB, model: str, dtype: str, namespace: str) -> Root:
+    """Return the identity that a checkpoint's prompts are stored under. Otherwise as :func:`find_model`."""
+    directory = resolve(model)
+    known = db.registry.checkpoint(checkpoint_key(directory, dtype))
+    if known is None:
+        check_files(directory)
+        raise _unknown(db, model, directory, dtype)
+    try:
+        return Root(known["weights_id"], known["tokenizer_id"], namespace)
+    except (KeyError, TypeError) as error:
+        raise _garbled(model, error) from error
+
+
+def _garbled(model: str, error: Exception) -> CorruptDataError:
+    message = f"the store's entry of {model} lacks or garbles {error}"
+    return CorruptDataError(message, "`promptdb put` writes it again")
 
 
 def check_checkpoint(model: str) -> None:
@@ -72,10 +90,11 @@ def check_checkpoint(model: str) -> None:
     A name that may be on the hub passes.
     """
     if Path(model).expanduser().exists() or model.startswith((".", "/", "~")):
-        _check_files(resolve(model))
+        check_files(resolve(model))
 
 
-def _check_files(directory: Path) -> None:
+def check_files(directory: Path) -> None:
+    """Raise :class:`ModelNotFoundError` unless a directory holds a model's configuration and a tokenizer."""
     describe(directory)
     if not tokenizer_files_present(directory):
         raise ModelNotFoundError(

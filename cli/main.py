@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 from importlib import import_module
+from keyword import iskeyword
 from typing import TextIO
 
 import click
@@ -25,6 +26,7 @@ BROKEN_PIPE = 141
 # commands; a test compares them with the commands' own.
 COMMANDS = {
     "put": ("put", "Compute prompts and store their representations."),
+    "score": ("score", "Compute how likely continuations are."),
     "get": ("get", "Look up the longest stored prefix of a prompt."),
     "explain": ("explain", "Tell why a prompt is stored or not."),
     "tree": ("tree", "Draw the stored spans as a tree."),
@@ -34,6 +36,10 @@ COMMANDS = {
     "stat": ("store", "Show totals of the store."),
     "models": ("store", "List known models and tokenizers."),
     "verify": ("verify", "Check every record, blob and index entry of the store."),
+    "export": ("archive", "Write spans to a file that another store can import."),
+    "import": ("archive", "Store what an exported file holds."),
+    "backup": ("copies", "Copy the whole store while others use it."),
+    "check": ("copies", "Check a store or an exported file of others before it is used."),
     "demo-model": ("demo_model", "Write a small language model and its tokenizer to DIR."),
 }
 
@@ -50,7 +56,8 @@ class LazyGroup(click.Group):
         if cmd_name not in COMMANDS:
             return None
         module = import_module(f".{COMMANDS[cmd_name][0]}", __package__)
-        command: click.Command = getattr(module, cmd_name.replace("-", "_"))
+        name = cmd_name.replace("-", "_")
+        command: click.Command = getattr(module, name + "_" if iskeyword(name) else name)
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

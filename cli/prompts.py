@@ -5,15 +5,40 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, BinaryIO, NoReturn
 
 import click
 
 from promptdb.errors import EmptyPromptError, PromptError, TextEncodingError
 
 from .failure import Failure
+
+STANDARD_INPUT = "-"
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+
+
+@dataclass(frozen=True)
+class Line:
+    """What stands in one place: a line of a .jsonl file that is not blank, or the whole of another file.
+
+    Attributes
+    ----------
+    data : its bytes.
+    place : ``file:line`` or the file's name.
+    number : of the line among all that were read, from 1; a file that is one text counts as one.
+    """
+
+    data: bytes
+    place: str
+    number: int
+    is_json: bool
+
+    def parse(self) -> Any:
+        """Return the line's JSON; raises :class:`Failure` or :class:`TextEncodingError` with its place."""
+        return _parse(self.data, self.place)
 
 
 @dataclass(frozen=True)
@@ -22,6 +47,7 @@ class Asked:
 
     pieces: tuple[str, ...]
     place: str = ""
+    number: int = 1
 
     @property
     def text(self) -> str:
@@ -30,9 +56,16 @@ class Asked:
 
     def refuse(self, error: PromptError) -> NoReturn:
         """Raise an error about this prompt, with the place where it stands."""
-        if not self.place:
-            raise error
-        raise type(error)(f"{self.place}: {error.message}", error.hint) from error
+        raise at_place(error, self.place)
+
+
+def at_place(error: PromptError, place: str) -> PromptError:
+    """Return an error that names the place as well, or the same if there is none."""
+    if not place:
+        return error
+    found = type(error)(f"{place}: {error.message}", error.hint)
+    found.__cause__ = error
+    return found
 
 
 def read_prompts(texts: Sequence[str], files: Sequence[str]) -> list[Asked]:
@@ -50,47 +83,132 @@ def read_prompts(texts: Sequence[str], files: Sequence[str]) -> list[Asked]:
     Failure, click.UsageError
         A file that cannot be read, or nothing was asked for.
     """
-    found: list[Asked] = []
-    if texts:
-        if texts.count("-") > 1:
-            raise click.UsageError("Standard input can be read once: give one '-'.")
-        pieces = [
-            _read_stdin() if text == "-" else _checked(text, f"argument {number}")
-            for number, text in enumerate(texts, 1)
-        ]
-        if not any(pieces):
-            raise EmptyPromptError("the prompt is empty", "give at least one character")
-        found.append(Asked(tuple(pieces)))
-    for name in files:
-        found += _read_file(name)
+    found = [as_asked(each) for each in stream_prompts(texts, files)]
     if not found:
-        if files:
-            raise EmptyPromptError(f"there are no prompts in {', '.join(files)}", "one JSON object a line")
-        raise click.UsageError("Give a TEXT, '-' for standard input, or --file FILE.")
+        raise nothing_in(files)
     return found
 
 
-def _read_stdin() -> str:
-    stream = getattr(sys.stdin, "buffer", None)
+def stream_prompts(texts: Sequence[str], files: Sequence[str]) -> Iterator[Asked | Line]:
+    """Yield what was asked for while it is read: the arguments' prompt, then lines; see :func:`as_asked`.
+
+    Parameters
+    ----------
+    files : ``-`` is standard input, one prompt a line as in a ``.jsonl`` file.
+
+    Raises
+    ------
+    click.UsageError
+        At once: nothing was asked for, or standard input twice.
+    Failure, PromptError
+        While iterating: a file cannot be read, or the arguments are no prompt.
+    """
+    check_inputs(texts, files)
+    if not texts and not files:
+        raise click.UsageError("Give a TEXT, '-' for standard input, or --file FILE.")
+    return _stream(texts, files)
+
+
+def check_inputs(texts: Sequence[str], files: Sequence[str]) -> None:
+    """Raise :class:`click.UsageError` if standard input is asked for more than once."""
+    if [*texts, *files].count(STANDARD_INPUT) > 1:
+        raise click.UsageError("Standard input can be read once: give one '-'.")
+
+
+def _stream(texts: Sequence[str], files: Sequence[str]) -> Iterator[Asked | Line]:
+    if texts:
+        yield Asked(argument_pieces(texts))
+    yield from read_lines(files, 1 if texts else 0)
+
+
+def as_asked(found: Asked | Line) -> Asked:
+    """Return the prompt that stands in a line; raises :class:`Failure` or :class:`PromptError` with its place."""
+    if isinstance(found, Asked):
+        return found
+    if found.is_json:
+        return Asked(_pieces(found.parse(), found.place), found.place, found.number)
+    if not found.data:
+        raise EmptyPromptError(f"{found.place} is empty", "give at least one character")
+    return Asked((_decode(found.data, found.place),), found.place, found.number)
+
+
+def nothing_in(files: Sequence[str]) -> EmptyPromptError:
+    """Return the error that files hold no prompt."""
+    return EmptyPromptError(f"there are no prompts in {', '.join(files)}", "one JSON object a line")
+
+
+def argument_pieces(texts: Sequence[str]) -> tuple[str, ...]:
+    """Return the pieces of the prompt that arguments are, standard input read; raises :class:`PromptError`."""
+    pieces = [
+        _read_stdin() if text == STANDARD_INPUT else checked(text, f"argument {number}")
+        for number, text in enumerate(texts, 1)
+    ]
+    if not any(pieces):
+        raise EmptyPromptError("the prompt is empty", "give at least one character")
+    return tuple(pieces)
+
+
+def read_lines(files: Sequence[str], before: int = 0, *, all_json: bool = False) -> Iterator[Line]:
+    """Yield the lines of files that are not blank, in order. Memory: one line, or one file that is not ``.jsonl``.
+
+    Parameters
+    ----------
+    files : ``-`` is standard input.
+    before : lines that were read already, for the lines' numbers.
+    all_json : every file holds an object a line, whatever its name.
+    """
+    for name in files:
+        try:
+            with _open(name) as stream:
+                if not all_json and not _is_json(name):
+                    before += 1
+                    yield Line(stream.read(), name, before, is_json=False)
+                    continue
+                place = "standard input" if name == STANDARD_INPUT else name
+                for number, data in enumerate(stream, 1):
+                    before += 1
+                    line = data.removeprefix(_BYTE_ORDER_MARK) if number == 1 else data
+                    if line.strip():
+                        yield Line(line, f"{place}:{number}", before, is_json=True)
+        except OSError as error:
+            raise Failure(f"{name} cannot be read: {error.strerror}", "check the file and its permissions") from error
+
+
+def _is_json(name: str) -> bool:
+    return name == STANDARD_INPUT or name.endswith(".jsonl")
+
+
+def count_lines(files: Sequence[str], *, all_json: bool = False) -> int | None:
+    """Return how far the numbers of :func:`read_lines` go, or None if a file is a pipe, which can be read once."""
+    total = 0
+    for name in files:
+        if name == STANDARD_INPUT or not Path(name).is_file():
+            return None
+        if not all_json and not _is_json(name):
+            total += 1
+            continue
+        last = b"\n"
+        with Path(name).open("rb") as stream:
+            while block := stream.read(1 << 20):
+                total += block.count(b"\n")
+                last = block[-1:]
+        total += last != b"\n"
+    return total
+
+
+def _open(name: str) -> AbstractContextManager[BinaryIO]:
+    return nullcontext(_stdin()) if name == STANDARD_INPUT else Path(name).open("rb")
+
+
+def _stdin() -> BinaryIO:
+    stream: BinaryIO | None = getattr(sys.stdin, "buffer", None)
     if stream is None:
         raise Failure("standard input is closed", "pipe a text into the command, or leave '-' out")
-    return _decode(stream.read(), "standard input")
+    return stream
 
 
-def _read_file(name: str) -> Iterator[Asked]:
-    try:
-        data = Path(name).read_bytes()
-    except OSError as error:
-        raise Failure(f"{name} cannot be read: {error.strerror}", "check the file and its permissions") from error
-    if not name.endswith(".jsonl"):
-        if not data:
-            raise EmptyPromptError(f"{name} is empty", "give at least one character")
-        yield Asked((_decode(data, name),), name)
-        return
-    for number, line in enumerate(data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
-        if line.strip():
-            place = f"{name}:{number}"
-            yield Asked(_pieces(_parse(line, place), place), place)
+def _read_stdin() -> str:
+    return _decode(_stdin().read(), "standard input")
 
 
 def _parse(line: bytes, place: str) -> Any:
@@ -107,7 +225,7 @@ def _parse(line: bytes, place: str) -> Any:
 def _pieces(item: Any, place: str) -> tuple[str, ...]:
     example = 'write {"text": "..."} or {"pieces": ["...", "..."]}'
     if not isinstance(item, dict):
-        raise Failure(f"{place}: a prompt is a JSON object, not {_json_type(item)}", example)
+        raise Failure(f"{place}: a prompt is a JSON object, not {json_type(item)}", example)
     given = [key for key in ("text", "pieces") if key in item]
     if len(given) != 1:
         keys = ", ".join(map(repr, item)) or "nothing"
@@ -116,17 +234,18 @@ def _pieces(item: Any, place: str) -> tuple[str, ...]:
     value = item[given[0]]
     pieces = [value] if given[0] == "text" else value
     if not isinstance(pieces, list):
-        raise Failure(f"{place}: 'pieces' must be a list of strings, not {_json_type(value)}", example)
+        raise Failure(f"{place}: 'pieces' must be a list of strings, not {json_type(value)}", example)
     for piece in pieces:
         if not isinstance(piece, str):
             what = "'text' must be a string" if given[0] == "text" else "every piece must be a string"
-            raise Failure(f"{place}: {what}, not {_json_type(piece)}", example)
+            raise Failure(f"{place}: {what}, not {json_type(piece)}", example)
     if not any(pieces):
         raise EmptyPromptError(f"{place}: the prompt is empty", "give at least one character")
-    return tuple(_checked(piece, place) for piece in pieces)
+    return tuple(checked(piece, place) for piece in pieces)
 
 
-def _json_type(value: object) -> str:
+def json_type(value: object) -> str:
+    """Return what a value is called in JSON, with its article."""
     names = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
     return names.get(type(value), "a number")
 
@@ -142,7 +261,8 @@ def _decode(data: bytes, place: str, *, lines: bool = True) -> str:
         ) from error
 
 
-def _checked(text: str, place: str) -> str:
+def checked(text: str, place: str) -> str:
+    """Return a text, if it is valid Unicode; raises :class:`TextEncodingError`."""
     # Bytes of an argument that are not UTF-8 arrive as surrogates, and JSON can spell them out.
     try:
         text.encode()

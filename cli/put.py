@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
 from time import perf_counter
 from typing import TYPE_CHECKING
 
 import click
 
-from promptdb.commits import PutReport
 from promptdb.errors import PromptError
+from promptdb.tokens import Prompt
 
 from .compute import CountingDB, open_engine
+from .dry_run import print_plan
+from .jobs import Feed, Interrupts, check_prompt, done_before, explaining, interruptible, job_options
 from .known import check_checkpoint
-from .options import device_option, model_options, prompt_arguments, store_options
+from .options import device_option, model_options, store_options
 from .output import count, duration, print_json, print_line, print_table, size
-from .prompts import Asked, read_prompts
+from .progress import Meter
+from .prompts import Asked, Line, as_asked, count_lines, nothing_in, stream_prompts
 from .texts import head
 
 if TYPE_CHECKING:
+    from promptdb.batch import Progress
     from promptdb.engine import Engine
 
 _SHOWN_PROMPTS = 20
@@ -42,7 +47,11 @@ class PutResult:
 
 
 @click.command(short_help="Compute prompts and store their representations.")
-@prompt_arguments
+@click.argument("texts", nargs=-1, metavar="[TEXT]...")
+@job_options(
+    'Read prompts: a .jsonl file has objects with "text" or "pieces", as standard input has as "-"; any other file is '
+    "one text."
+)
 @model_options
 @device_option
 @store_options
@@ -55,109 +64,164 @@ def put(
     namespace: str,
     path: str | None,
     as_json: bool,
+    skip_bad: bool,
+    dry_run: bool,
 ) -> None:
     """Compute prompts and store their representations.
 
     All TEXTs together are one prompt; each is a piece of it, after which the prompt may be continued otherwise. '-'
     stands for the text on standard input, taken as it is, with its last newline. What is stored already is loaded, not
-    computed. Texts that start with '-' go after '--'.
+    computed; what prompts share is computed once. Texts that start with '-' go after '--'.
 
-    With --json: an object for each prompt, one a line, once everything is stored.
+    A job may be interrupted, and is gone on with by the same command. A line that cannot be used ends it, with all
+    before it stored, unless --skip-bad is given.
+
+    With --json: an object for each prompt, one a line, as soon as the prompt is stored.
 
     \b
     Examples:
       promptdb put --model demo "Return the number" " of items" " in the list"
       promptdb put --model demo --file prompts.jsonl
+      promptdb put --model demo --file prompts.jsonl --dry-run
       cat notes.txt | promptdb put --model demo -
     """
-    prompts = read_prompts(texts, files)
-    check_checkpoint(model)
-    began = perf_counter()
-    done: list[tuple[bytes, int, float]] = []  # packed tokens, tokens computed, seconds
-    with CountingDB(path) as db:
-        with open_engine(db, model, dtype, device, namespace) as engine:
-            load_s = perf_counter() - began
-            for asked in _with_progress(prompts):
-                done.append(_put(engine, asked, len(done)))
-        store_s = perf_counter() - began - load_s
-        written = db.written()
-    results = [
-        _result(asked, packed, computed, elapsed_s, written.pop(packed, PutReport()))
-        for asked, (packed, computed, elapsed_s) in zip(prompts, done, strict=True)
-    ]
-    if as_json:
-        for result in results:
-            print_json(asdict(result))
+    prompts = stream_prompts(texts, files)
+    if dry_run:
+        print_plan(
+            prompts,
+            lambda found, tokenize: [_tokenized(as_asked(found), tokenize)],
+            skip_bad=skip_bad,
+            want_logits=True,
+            model=model,
+            dtype=dtype,
+            device=device,
+            namespace=namespace,
+            path=path,
+            as_json=as_json,
+        )
         return
-    _print_results(prompts, results)
-    spans, num_bytes = sum(each.spans_written for each in results), sum(each.bytes_written for each in results)
-    what = f"wrote {count(spans, 'span')}, {size(num_bytes)}" if spans else "nothing new to write"
-    print_line(f"{db.path}: {what}. {duration(store_s)}, after {duration(load_s)} for loading the model.")
+    total = count_lines(files)
+    shown = bool(files) and not (as_json and sys.stdout.isatty())
+    meter = Meter(None if total is None else total + bool(texts), is_shown=shown)
 
+    def interrupted() -> str:
+        return f"{meter.so_far('prompt')}. What was computed is stored; the same command goes on from there."
 
-def _put(engine: Engine, asked: Asked, num_done: int) -> tuple[bytes, int, float]:
-    began = perf_counter()
-    try:
-        prompt = engine.tokenize(asked.pieces)
-        representation = engine.get(prompt)
-    except PromptError as error:
-        if num_done:
-            before = f"{count(num_done, 'prompt')} before it {'is' if num_done == 1 else 'are'} stored"
-            error.hint = f"{error.hint}; {before}" if error.hint else before
-        asked.refuse(error)
-    return prompt.packed, representation.tokens_computed, perf_counter() - began
-
-
-def _result(asked: Asked, packed: bytes, computed: int, elapsed_s: float, written: PutReport) -> PutResult:
-    total = len(packed) // 4
-    return PutResult(
-        asked.place,
-        total,
-        total - computed,
-        computed,
-        elapsed_s,
-        written.num_spans,
-        written.num_tokens,
-        written.num_bytes,
+    table = _Table()
+    with interruptible(interrupted) as interrupts:
+        feed = Feed(prompts, interrupts, skip_bad=skip_bad, say=meter.say)
+        if not feed.begin(as_asked):
+            raise nothing_in(files)
+        check_checkpoint(model)
+        began = perf_counter()
+        with CountingDB(path) as db:
+            with open_engine(db, model, dtype, device, namespace) as engine:
+                load_s = perf_counter() - began
+                interrupts.hold()
+                with meter, explaining(lambda: done_before(meter.num_done, "prompt", "stored")):
+                    for name, result in _results(engine, db, feed, meter, interrupts):
+                        table.add(name, result)
+                        if as_json:
+                            print_json(asdict(result))
+            store_s = perf_counter() - began - load_s
+        feed.finish(done_before(meter.num_done, "prompt", "stored"))
+    if not meter.num_done:
+        raise nothing_in(files)
+    if as_json:
+        return
+    table.print()
+    skipped = f" {count(feed.num_skipped, 'line')} skipped." if feed.num_skipped else ""
+    print_line(
+        f"{db.path}: {table.written}.{skipped} {duration(store_s)}, after {duration(load_s)} for loading the model."
     )
 
 
-def _with_progress(prompts: Sequence[Asked]) -> Iterable[Asked]:
-    """Iterate with a progress bar on stderr, if it is a terminal and there are several prompts."""
-    if len(prompts) < 2 or not sys.stderr.isatty():
-        return prompts
-    return _tracked(prompts)
+def _tokenized(asked: Asked, tokenize: Callable[[tuple[str, ...]], Prompt]) -> Prompt:
+    try:
+        return tokenize(asked.pieces)
+    except PromptError as error:
+        asked.refuse(error)
 
 
-def _tracked(prompts: Sequence[Asked]) -> Iterator[Asked]:
-    from rich.console import Console
-    from rich.progress import track
+def _results(
+    engine: Engine, db: CountingDB, feed: Feed[Asked | Line], meter: Meter, interrupts: Interrupts
+) -> Iterator[tuple[str, PutResult]]:
+    """Compute the prompts of a feed; yield what to call each, and its result, once it is stored."""
+    waiting: deque[tuple[Asked, Prompt]] = deque()  # those that the engine has taken
 
-    yield from track(prompts, description="prompts", console=Console(stderr=True), transient=True)
+    def parse(found: Asked | Line) -> tuple[Asked, Prompt]:
+        asked = as_asked(found)
+        return asked, _tokenized(asked, lambda pieces: check_prompt(engine, engine.tokenize(pieces)))
 
+    def prompts() -> Iterator[Prompt]:
+        for asked, prompt in feed.items(parse):
+            waiting.append((asked, prompt))
+            meter.handed(asked.number, prompt)
+            yield prompt
 
-def _print_results(prompts: Sequence[Asked], results: Sequence[PutResult]) -> None:
-    rows = [
-        (
-            result.source or head(asked.text, _TEXT_WIDTH),
-            f"{result.num_tokens:,}",
-            f"{result.tokens_loaded:,}",
-            f"{result.tokens_computed:,}",
-            duration(result.elapsed_s),
+    def on_progress(progress: Progress) -> None:
+        meter.passed(progress)
+        interrupts.check()
+
+    for found in engine.run(prompts(), on_progress=on_progress):
+        engine.flush()
+        asked, prompt = waiting.popleft()
+        meter.finished(found.tokens_loaded)
+        written = db.claim(prompt.packed)
+        yield (
+            asked.place or head(asked.text, _TEXT_WIDTH),
+            PutResult(
+                asked.place,
+                found.num_tokens,
+                found.tokens_loaded,
+                found.tokens_computed,
+                found.lookup_s + found.load_s + found.compute_s + found.store_s,
+                written.num_spans,
+                written.num_tokens,
+                written.num_bytes,
+            ),
         )
-        for asked, result in zip(prompts, results, strict=True)
-    ]
-    if len(rows) > _SHOWN_PROMPTS:
-        more = len(rows) - _SHOWN_PROMPTS + 1
-        rows[_SHOWN_PROMPTS - 1 :] = [(f"… {more:,} more", "", "", "", "")]
-    if len(results) > 1:
-        rows.append(
-            (
-                f"{len(results):,} prompts",
-                f"{sum(result.num_tokens for result in results):,}",
-                f"{sum(result.tokens_loaded for result in results):,}",
-                f"{sum(result.tokens_computed for result in results):,}",
-                duration(sum(result.elapsed_s for result in results)),
-            )
-        )
-    print_table(("prompt", ">tokens", ">loaded", ">computed", ">time"), rows)
+
+
+class _Table:
+    """Rows of the first prompts, and the sum of all."""
+
+    def __init__(self) -> None:
+        self._rows: list[tuple[str, ...]] = []
+        self._num_prompts = 0
+        self._sum = PutResult("", 0, 0, 0, 0.0, 0, 0, 0)
+
+    def add(self, name: str, result: PutResult) -> None:
+        """Take the result of one prompt."""
+        self._num_prompts += 1
+        sums = {each.name: getattr(self._sum, each.name) + getattr(result, each.name) for each in fields(PutResult)}
+        self._sum = PutResult(**{**sums, "source": ""})
+        if self._num_prompts <= _SHOWN_PROMPTS:
+            self._rows.append(_row(name, result))
+
+    def print(self) -> None:
+        """Print the table."""
+        rows = list(self._rows)
+        if self._num_prompts > _SHOWN_PROMPTS:
+            more = self._num_prompts - _SHOWN_PROMPTS + 1
+            rows[_SHOWN_PROMPTS - 1 :] = [(f"… {more:,} more", "", "", "", "")]
+        if self._num_prompts > 1:
+            rows.append(_row(f"{self._num_prompts:,} prompts", self._sum))
+        print_table(("prompt", ">tokens", ">loaded", ">computed", ">time"), rows)
+
+    @property
+    def written(self) -> str:
+        """What was written, for people."""
+        if not self._sum.bytes_written:
+            return "nothing new to write"
+        return f"wrote {count(self._sum.spans_written, 'span')}, {size(self._sum.bytes_written)}"
+
+
+def _row(name: str, result: PutResult) -> tuple[str, ...]:
+    return (
+        name,
+        f"{result.num_tokens:,}",
+        f"{result.tokens_loaded:,}",
+        f"{result.tokens_computed:,}",
+        duration(result.elapsed_s),
+    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from promptdb.blobs import DTYPE_BYTES, TensorSpec, plan_blob
@@ -100,14 +100,16 @@ class Forecast:
     compute_s: float | None
 
 
-def usual_limits(device_type: str, kv_bytes_per_token: int | None) -> Limits:
-    """Return the limits that an engine's batches have on a kind of device, ``"cpu"`` or ``"cuda"``."""
+def usual_limits(device_type: str, kv_bytes_per_token: int | None, way: str) -> Limits:
+    """Return the limits that an engine's batches have on a kind of device, ``"cpu"`` or ``"cuda"``, run in a way."""
+    alive = 4 if way == "batched" else 2  # caches, at once
     pass_tokens = _PASS_TOKENS.get(device_type, _PASS_TOKENS_ELSEWHERE)
     cache_bytes = _CACHE_BYTES.get(device_type, _CACHE_BYTES_ELSEWHERE)
     return Limits(
         pass_tokens=pass_tokens,
         chain_tokens=max(32, pass_tokens * 3 // 8),
-        cache_tokens=max(1, cache_bytes // (2 * (kv_bytes_per_token or _UNKNOWN_TOKEN_BYTES))),
+        cache_tokens=max(1, cache_bytes // (alive * (kv_bytes_per_token or _UNKNOWN_TOKEN_BYTES))),
+        may_pack=way == "packed",
     )
 
 
@@ -136,7 +138,7 @@ def forecast(
     root : identity that the prompts would be computed with, or None if the store cannot know it: nothing is stored.
     prompts : read once.
     sizes : what the store's own measurements do not say; those of the model's configuration.
-    limits : of a pass; by default those of an engine on ``device_type``.
+    limits : of a pass; by default those of an engine on ``device_type``, run in this way.
     way : ``"packed"``, ``"batched"`` or ``"single"``; by default what the store knows to be exact for the model, and
         ``"packed"`` if it does not know the model.
     want_logits : whether the logits after every prompt are stored, as :meth:`promptdb.Engine.run` does; scores do
@@ -156,13 +158,13 @@ def forecast(
     fields = (db.registry.model(root.weights_id) if db is not None and root is not None else None) or {}
     sizes = _completed(sizes or Sizes(), fields)
     way = way or (way_of(fields) if fields else "packed")
-    limits = limits or usual_limits(device_type, sizes.kv_bytes_per_token)
+    limits = replace(limits or usual_limits(device_type, sizes.kv_bytes_per_token, way), may_pack=way == "packed")
     branches = list(_branches(db, root, prompts))
     segments = build(branches, want_logits=want_logits)
-    bounds = Limits(limits.pass_tokens, limits.chain_tokens, limits.cache_tokens, limits.max_path, way == "packed")
-    written = _Written(segments, db.chunk_tokens if db is not None else DEFAULT_CHUNK_TOKENS)
+    chunk_tokens = db.chunk_tokens if db is not None else DEFAULT_CHUNK_TOKENS
+    written = _Written(segments, chunk_tokens, want_logits=want_logits)
     num_passes = tokens = 0
-    for pieces in _rows(segments, bounds) if way == "batched" else _sections(segments, bounds):
+    for pieces in _rows(segments, limits) if way == "batched" else _sections(segments, limits):
         num_passes += 1
         for piece in pieces:
             tokens += piece.num_tokens
@@ -215,8 +217,8 @@ def _rows(segments: Sequence[Segment], limits: Limits) -> Iterator[Sequence[Piec
 class _Written:
     """Adds up what would be written for pieces, as :mod:`promptdb.passes` cuts them."""
 
-    def __init__(self, segments: Sequence[Segment], chunk_tokens: int) -> None:
-        self._segments, self._chunk_tokens = segments, chunk_tokens
+    def __init__(self, segments: Sequence[Segment], chunk_tokens: int, *, want_logits: bool) -> None:
+        self._segments, self._chunk_tokens, self._want_logits = segments, chunk_tokens, want_logits
         self.num_spans = self._num_tokens = self._num_logits = self._overhead_bytes = 0
 
     def add(self, piece: Piece) -> None:
@@ -226,12 +228,15 @@ class _Written:
         self.num_spans += len(spans)
         self._num_tokens += piece.end - start
         again = {segment.stored} if piece.start < segment.stored else set()
-        self._num_logits += len({end for _, end in spans} | {piece.end} | again)
+        logits = {end for _, end in spans} | {piece.end} | again
+        if not self._want_logits and not segment.children and piece.end == segment.end:
+            logits.discard(piece.end)
+        self._num_logits += len(logits)
         self._overhead_bytes += sum(_scores_bytes(end - start) + _HEADER_BYTES for start, end in spans)
 
     def size_bytes(self, sizes: Sizes) -> int | None:
         if sizes.kv_bytes_per_token is None or sizes.logits_bytes is None:
-            return None if self._num_logits else 0
+            return None if self.num_spans or self._num_logits else 0
         logits = sizes.logits_bytes + CHECKSUM_BYTES + DIGEST_BYTES + _HEADER_BYTES
         return self._num_tokens * sizes.kv_bytes_per_token + self._overhead_bytes + self._num_logits * logits
 

@@ -39,6 +39,8 @@ CHECKSUM_BYTES = 16
 # A hostile record may claim any length; these bound what is allocated before the claim is known to be false.
 MAX_RECORD_BYTES = 64 * 1024 * 1024
 MAX_RECORD_ITEMS = 1 << 16
+MAX_RECORD_VALUES = 1 << 17  # in all arrays and maps of a record together
+_SMALL_RECORD_BYTES = 1 << 14  # too short to take much memory whatever it holds: values are not counted
 
 
 def checksum(key: bytes, content: bytes | bytearray | memoryview) -> bytes:
@@ -66,6 +68,8 @@ def unpack_record(key: bytes, data: bytes | memoryview) -> dict[str, Any]:
     if checksum(key, body) != bytes(data[:CHECKSUM_BYTES]):
         raise CorruptDataError(f"the checksum of the record under {key[:8].hex()} does not hold")
     try:
+        if len(body) > _SMALL_RECORD_BYTES:
+            _check_number_of_values(body)
         fields = msgpack.unpackb(
             body,
             raw=False,
@@ -81,6 +85,45 @@ def unpack_record(key: bytes, data: bytes | memoryview) -> dict[str, Any]:
     if not isinstance(fields, dict):
         raise CorruptDataError(f"the record under {key[:8].hex()} is not a map")
     return fields
+
+
+# Codes of msgpack with a number behind them: how wide it is, and how many values follow for each that it counts.
+_COUNTS = {0xDC: (2, 1), 0xDD: (4, 1), 0xDE: (2, 2), 0xDF: (4, 2)}  # arrays and maps
+_LENGTHS = {0xC4: 1, 0xC5: 2, 0xC6: 4, 0xD9: 1, 0xDA: 2, 0xDB: 4}  # bytes and text
+_NUMBERS = {0xCA: 4, 0xCB: 8, 0xCC: 1, 0xCD: 2, 0xCE: 4, 0xCF: 8, 0xD0: 1, 0xD1: 2, 0xD2: 4, 0xD3: 8}
+_PLAIN = (0xC0, 0xC2, 0xC3)  # nil, false, true
+
+
+def _check_number_of_values(body: bytes) -> None:
+    """Raise ValueError if msgpack bytes hold so many values that reading them would take much memory.
+
+    Looks at codes and lengths only: a value is an object of 30 to 80 bytes, but may be one byte here.
+    """
+    at, seen, expected = 0, 0, 1
+    while seen < expected <= MAX_RECORD_VALUES:
+        if at >= len(body):
+            raise ValueError("it ends in the middle of a value")
+        code = body[at]
+        at, seen = at + 1, seen + 1
+        if code <= 0x7F or code >= 0xE0 or code in _PLAIN:
+            continue
+        if code <= 0x9F:
+            expected += (code & 0x0F) * (2 if code <= 0x8F else 1)
+        elif code <= 0xBF:
+            at += code & 0x1F
+        elif code in _COUNTS:
+            width, values = _COUNTS[code]
+            expected += values * int.from_bytes(body[at : at + width], "big")
+            at += width
+        elif code in _LENGTHS:
+            width = _LENGTHS[code]
+            at += width + int.from_bytes(body[at : at + width], "big")
+        elif code in _NUMBERS:
+            at += _NUMBERS[code]
+        else:
+            raise ValueError(f"code {code:#x}")
+    if expected > MAX_RECORD_VALUES:
+        raise ValueError(f"more than {MAX_RECORD_VALUES:,} values")
 
 
 TOTALS = ("num_nodes", "num_tokens", "blob_bytes")

@@ -271,9 +271,7 @@ def load_scores(
     if not logprobs:
         return TokenScores.unknown(0)
     # Bytes are joined, not tensors: a batch reads thousands of short spans.
-    return TokenScores(
-        torch.frombuffer(logprobs, dtype=torch.float32), torch.frombuffer(greedy_ids, dtype=torch.int32)
-    )
+    return TokenScores(torch.frombuffer(logprobs, dtype=torch.float32), torch.frombuffer(greedy_ids, dtype=torch.int32))
 
 
 def _scores_of(tensors: Mapping[str, TensorView], num_tokens: int) -> ScoreBytes:

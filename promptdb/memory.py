@@ -6,6 +6,7 @@ import threading
 from bisect import bisect_left, insort
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from promptdb.errors import StoreError
 from promptdb.format import TABLES
@@ -83,6 +84,10 @@ class MemoryIndex:
             self._check_open()
             held = sum(len(key) + len(value) for table in self._tables.values() for key, value in table.values.items())
         return {"file_bytes": held, "map_bytes": held}
+
+    def copy(self, path: Path, *, compact: bool = False) -> None:
+        """Refuse: there is no file to copy."""
+        raise StoreError("a store in memory has no file to copy", "`promptdb.archive.export_nodes` writes an archive")
 
     def close(self) -> None:
         """Drop everything."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Protocol, TypeVar
 
 Result = TypeVar("Result")
@@ -59,6 +60,13 @@ class Index(Protocol):
 
     def stats(self) -> dict[str, int]:
         """Return sizes of the storage engine, in bytes, pages and counts."""
+
+    def copy(self, path: Path, *, compact: bool = False) -> None:
+        """Write one consistent state of all tables to a new file, private to the user, and sync it.
+
+        Others write meanwhile; the map of this process cannot grow until it is done. With ``compact``, pages that are
+        not in use are left out. Raises :class:`~promptdb.errors.StoreError` if there are no files to copy.
+        """
 
     def close(self) -> None:
         """Release the store, when its readers have left. Closing twice is harmless; inside ``read()`` it is refused."""

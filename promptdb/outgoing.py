@@ -1,0 +1,198 @@
+"""Walking the spans of a store in the order of an archive, each read, checked and ready to be written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from promptdb.db import PromptDB
+from promptdb.errors import CorruptDataError, NodeNotFoundError
+from promptdb.format import CHILDREN, KV_BLOB, LOGITS, LOGPROBS_BLOB, BlobEntry, NodeRecord, checksum
+from promptdb.intake import check_blobs, check_logits, check_record, own_logits, own_tensors
+from promptdb.keys import DIGEST_BYTES, TOKEN_BYTES, PrefixHasher, Root
+from promptdb.snapshot import Snapshot
+from promptdb.tables import Reader
+from promptdb.trie import descendants
+
+
+@dataclass(frozen=True)
+class OutgoingSpan:
+    """A span that was read: its record, of the blobs as they are here, and where more of it is stored.
+
+    ``attached`` has (position, prefix digest) of the places inside the span where others stand on it, and ``logits``
+    those after which logits are stored; both rise.
+    """
+
+    node: bytes
+    record: NodeRecord
+    blobs: dict[str, bytearray]
+    attached: list[tuple[int, bytes]]
+    logits: list[tuple[int, bytes]]
+
+
+class Outgoing:
+    """Walks spans of one root. ``num_damaged`` counts those left out, whatever stands on them not included.
+
+    Every span is read in a snapshot of its own, so that a slow receiver keeps no old pages of the store in use: what
+    others put or remove meanwhile may be seen or not. Not thread safe.
+    """
+
+    def __init__(self, db: PromptDB, root: Root) -> None:
+        self._db = db
+        self._root = root
+        self.num_damaged = 0
+
+    def everything(self) -> Iterator[OutgoingSpan]:
+        """Yield every span that can be reached from the root."""
+        start = PrefixHasher(self._root.digest, b"").at(0)
+        return self._walk(bytearray(), [(0, start)])
+
+    def subtree(self, node: bytes, start: int, prefix: bytes, *, with_prefix: bool) -> Iterator[OutgoingSpan]:
+        """Yield the spans that a span stands on, if asked for, then the span, and all that stands on it.
+
+        Parameters
+        ----------
+        node : ID of the span, which begins at position ``start``.
+        prefix : packed tokens from position 0 to its end.
+
+        Raises
+        ------
+        CorruptDataError
+            One of the spans that it stands on, or the span itself, is damaged or was removed just now.
+        """
+        before = prefix[: start * TOKEN_BYTES]
+        with self._db.read() as snapshot:
+            match = snapshot.match(self._root, before)
+        if match.num_tokens < start:
+            raise CorruptDataError(f"span {node.hex()[:12]} stands on spans that cannot be found", "`promptdb verify`")
+        path = [(step.node, step.start) for step in match.steps] if with_prefix else []
+        attached: list[tuple[int, bytes]] = []
+        for each, at in [*path, (node, start)]:
+            with self._db.read() as snapshot:
+                span = self._read(snapshot, each, prefix[: at * TOKEN_BYTES])
+            if span is None:
+                raise CorruptDataError(f"span {each.hex()[:12]} was removed just now", "export again")
+            yield span
+            attached = span.attached
+        yield from self._walk(bytearray(prefix), attached)
+
+    def logits(self, digest: bytes) -> bytearray | None:
+        """Return the blob of the logits after a prefix, or None if they are gone or damaged."""
+        with self._db.read() as snapshot:
+            try:
+                view = snapshot.logits(digest)
+                if view is None:
+                    return None
+                blob = own_logits(view)
+                check_logits(blob)
+            except CorruptDataError:
+                return None
+        return blob
+
+    def _walk(self, tokens: bytearray, places: list[tuple[int, bytes]]) -> Iterator[OutgoingSpan]:
+        """Yield what stands on the tokens at some places, depth first, what attaches last first.
+
+        Whoever reads that order needs the tokens of the last span, and those before it, but of no others.
+        """
+        levels = [_Level(places)]
+        while levels:
+            level = levels[-1]
+            if not level.places:
+                levels.pop()
+                continue
+            position = level.places[-1][0]
+            span = self._next(level, bytes(tokens[: position * TOKEN_BYTES]))
+            if span is None:
+                level.leave_place()
+                continue
+            tokens[position * TOKEN_BYTES :] = span.record.span
+            yield span
+            levels.append(_Level(span.attached))
+
+    def _next(self, level: _Level, prefix: bytes) -> OutgoingSpan | None:
+        """Return the next span that holds at the last place of a level, or None if there is none."""
+        digest = level.places[-1][1]
+        while True:
+            with self._db.read() as snapshot:
+                key, node = _first_child(snapshot.reader, digest, level.after)
+                if not key:
+                    return None
+                level.after = key + b"\0"
+                try:
+                    span = self._read(snapshot, node, prefix)
+                except CorruptDataError:
+                    self.num_damaged += 1
+                    continue
+                if span is not None:
+                    return span
+
+    def _read(self, snapshot: Snapshot, node: bytes, prefix: bytes) -> OutgoingSpan | None:
+        """Read the span that goes on after a prefix, or return None if it is gone."""
+        record = snapshot.record(node)
+        if record is None:
+            return None
+        start = len(prefix) // TOKEN_BYTES
+        hasher = PrefixHasher(self._root.digest, prefix + record.span)
+        if (record.root, record.start, record.child_hash) != (self._root, start, hasher.at(start)):
+            raise CorruptDataError(f"span {node.hex()[:12]} is not what its place says")
+        blobs = {}
+        for kind in (KV_BLOB, LOGPROBS_BLOB):
+            tensors = snapshot.blob(node, record, kind)
+            if tensors is None:
+                raise CorruptDataError(f"span {node.hex()[:12]} was stored without {kind}")
+            blobs[kind] = own_tensors(record, kind, tensors)
+        entries = {kind: BlobEntry(len(blob), checksum(node + kind.encode(), blob)) for kind, blob in blobs.items()}
+        record = replace(record, blobs=entries)
+        check_record(record)
+        check_blobs(record, blobs)
+        attached, logits = [], []
+        for position in range(start + 1, record.end + 1):
+            digest = hasher.at(position)
+            if _first_child(snapshot.reader, digest, digest)[0]:
+                attached.append((position, digest))
+            if snapshot.reader.get(LOGITS, digest) is not None:
+                logits.append((position, digest))
+        return OutgoingSpan(node, record, blobs, attached, logits)
+
+
+class _Level:
+    """Places where spans attach, of which the last is worked on, from key ``after`` of the child index on."""
+
+    def __init__(self, places: list[tuple[int, bytes]]) -> None:
+        self.places = list(places)
+        self.after = self.places[-1][1] if self.places else b""
+
+    def leave_place(self) -> None:
+        self.places.pop()
+        self.after = self.places[-1][1] if self.places else b""
+
+
+def _first_child(reader: Reader, digest: bytes, after: bytes) -> tuple[bytes, bytes]:
+    """Return key and node ID of the first entry of the child index under a digest, from a key on; empty if none."""
+    for key, value in reader.scan(CHILDREN, after):
+        return (key, bytes(value[:DIGEST_BYTES])) if key.startswith(digest) else (b"", b"")
+    return b"", b""
+
+
+def prefix_of(db: PromptDB, node: bytes) -> tuple[NodeRecord, bytes]:
+    """Return the record of a span, and its packed tokens from position 0 to its end.
+
+    Raises
+    ------
+    NodeNotFoundError
+        There is no such span, or it stands on one that was removed.
+    """
+    with db.read() as snapshot:
+        record = snapshot.record(node)
+        if record is None:
+            raise NodeNotFoundError(f"no node {node.hex()}", "`promptdb ls` lists them")
+        prefix = db.prefix(snapshot, record)
+        if prefix is None:
+            # The span that it was put on is gone, but others may have taken that one's place: look at all.
+            reachable = descendants(snapshot.reader, record.root.digest, b"", -1)
+            prefix = next((tokens for _, each, tokens in reachable if each == node), None)
+    if prefix is None:
+        raise NodeNotFoundError(
+            f"span {node.hex()[:12]} stands on spans that were removed", "it is found again once those are stored again"
+        )
+    return record, prefix
