@@ -224,7 +224,7 @@ def check_pages(path: Path) -> list[str]:
 
     Notes
     -----
-    Python reads every page of the trees: some 10,000 a second; pages of large blobs cost almost nothing. Memory: two
+    Python reads every page of the trees: some thousands a second; pages of large blobs cost almost nothing. Memory: two
     bytes a page.
     """
     try:

@@ -36,6 +36,12 @@ def shared_model(arch: str):
     return random_model(arch)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def models_of_its_own():
+    """Give every file its own shared models: one that a test changes must not fail another file's tests."""
+    shared_model.cache_clear()
+
+
 @cache
 def shared_tokenizer():
     from promptdb.demo_text import byte_tokenizer

@@ -476,10 +476,10 @@ def damage_logits(db, root, token_ids):
 
 
 class TestStrict:
-    def test_reuses_only_what_was_computed_in_one_pass_the_same_way(self, engine, db, tokenizer):
-        ids = list(engine.get(TEXT).token_ids)
-        engine.get([*ids, 7, 8, 9])
-        engine.flush()
+    def test_reuses_only_what_was_computed_in_one_pass_the_same_way(self, db, tokenizer):
+        with Engine(db, random_model("llama"), tokenizer) as engine:
+            ids = list(engine.get(TEXT).token_ids)
+            engine.get([*ids, 7, 8, 9])
         with Engine(db, engine.model, tokenizer, strict=True) as strict:
             assert strict.get(ids).tokens_computed == 0
             extended = strict.get([*ids, 7, 8, 9])
