@@ -41,6 +41,7 @@ _FILE = click.Path(dir_okay=False, allow_dash=True)
 @click.argument("node", required=False)
 @click.option("--model", metavar="M", help=MODEL_HELP)
 @click.option("--namespace", metavar="NAME", help="Only of this namespace; '' is the one without a name.")
+@click.option("--tag", metavar="NAME", help="Only of prompts that have this tag.")
 @click.option("--without-prefix", is_flag=True, help="With NODE: leave out the spans that it stands on.")
 @click.option("--force", is_flag=True, help="Replace FILE.")
 @store_options
@@ -49,6 +50,7 @@ def export(
     node: str | None,
     model: str | None,
     namespace: str | None,
+    tag: str | None,
     without_prefix: bool,
     force: bool,
     path: str | None,
@@ -68,13 +70,14 @@ def export(
     Examples:
       promptdb export everything.promptdb-archive
       promptdb export --model demo demo.promptdb-archive
+      promptdb export --tag evaluation evaluation.promptdb-archive
       promptdb export branch.promptdb-archive 3f2a91
       promptdb export - | ssh elsewhere promptdb import -
     """
     if node is None and without_prefix:
         raise click.UsageError("--without-prefix goes with NODE")
-    if node is not None and (model is not None or namespace is not None):
-        raise click.UsageError("NODE goes with neither --model nor --namespace: it has a model and a namespace")
+    if node is not None and (model is not None or namespace is not None or tag is not None):
+        raise click.UsageError("NODE is one span, and what goes on from it: no --model, --namespace or --tag beside it")
     to_pipe = file == PIPE
     if to_pipe and sys.stdout.isatty():
         raise Failure("an archive is not for a terminal", "name a FILE, or pipe it into another command")
@@ -83,10 +86,11 @@ def export(
             node=None if node is None else find_node(db, node),
             weights_ids=None if model is None else frozenset(find_weights(db, model)),
             namespace=namespace,
+            tag=tag,
             with_prefix=not without_prefix,
         )
         chosen = [amounts["blob_bytes"] for root, amounts in db.roots() if selection.wants(root)]
-        with progress_bar("written", sum(chosen) if node is None else None) as progress:
+        with progress_bar("written", sum(chosen) if node is None and tag is None else None) as progress:
             target: str | BinaryIO = sys.stdout.buffer if to_pipe else file
             report = export_nodes(db, selection, target, overwrite=force, progress=progress)
             sys.stdout.buffer.flush()

@@ -39,28 +39,31 @@ _SORT_KEYS: dict[str, Callable[[bytes, NodeRecord], Any]] = {
 @click.command(short_help="List stored spans.")
 @store_options
 @click.option("--model", metavar="M", help=MODEL_HELP)
+@click.option("--tag", metavar="NAME", help="Only of prompts that have this tag.")
 @click.option(
     "--limit", metavar="N", type=click.IntRange(0), default=50, show_default=True, help="At most N spans; 0 for all."
 )
 @click.option(
     "--sort", type=click.Choice(list(_SORT_KEYS)), default="age", show_default=True, help="Newest, largest first."
 )
-def ls(path: str | None, as_json: bool, model: str | None, limit: int, sort: str) -> None:
+def ls(path: str | None, as_json: bool, model: str | None, tag: str | None, limit: int, sort: str) -> None:
     """List stored spans: ID, weights, where the span starts in its prompt, tokens, bytes, age and text.
 
     \b
     Examples:
       promptdb ls --limit 10
       promptdb ls --model demo --sort size --json
+      promptdb ls --tag evaluation
     """
     with PromptDB(path, readonly=True) as db:
         chosen = None if model is None else find_weights(db, model)
+        tagged = None if tag is None else db.tagged(tag)
         total = 0
 
         def counted() -> Iterator[tuple[bytes, NodeRecord]]:
             nonlocal total
             for node, record in db.nodes():
-                if chosen is None or record.root.weights_id in chosen:
+                if (chosen is None or record.root.weights_id in chosen) and (tagged is None or node in tagged):
                     total += 1
                     yield node, record
 

@@ -7,6 +7,8 @@ from typing import Any, TypeVar
 
 import click
 
+from .quantities import duration_option
+
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
@@ -52,6 +54,20 @@ def device_option(command: Command) -> Command:
     return click.option(
         "--device", metavar="DEVICE", help="Where to compute: cpu, cuda, cuda:1, ...; by default CUDA if there is any."
     )(command)
+
+
+def lifetime_options(command: Command) -> Command:
+    """Add ``--tag`` and ``--ttl`` (as ``ttl_s``), for :func:`cli.lifetime.apply_lifetime` and ``PromptDB.ttl_s``."""
+    command = click.option(
+        "--ttl",
+        "ttl_s",
+        metavar="TIME",
+        callback=duration_option,
+        help="How long the prompts are kept: 12h, 7d, or none for ever; by default as `promptdb limits` says.",
+    )(command)
+    return click.option("--tag", metavar="NAME", help="A name to find the prompts by: `promptdb ls --tag NAME`.")(
+        command
+    )
 
 
 def prompt_arguments(command: Command) -> Command:

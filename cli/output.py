@@ -135,6 +135,14 @@ def age(unix_s: float) -> str:
     return f"{seconds // 86400:,.0f} days"
 
 
+def span_of_time(seconds: float) -> str:
+    """Return a long duration for people."""
+    for unit, length_s in (("days", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * length_s:
+            return f"{seconds / length_s:,.0f} {unit}"
+    return f"{max(0.0, seconds):.0f} s"
+
+
 def count(number: int, noun: str) -> str:
     """Return ``1 span``, ``2,000 spans``."""
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"

@@ -12,13 +12,15 @@ from typing import TYPE_CHECKING
 import click
 
 from promptdb.errors import PromptError
+from promptdb.labels import check_name
 from promptdb.tokens import Prompt
 
 from .compute import CountingDB, open_engine
 from .dry_run import print_plan
 from .jobs import Feed, Interrupts, check_prompt, done_before, explaining, interruptible, job_options
 from .known import check_checkpoint
-from .options import device_option, model_options, store_options
+from .lifetime import apply_lifetime
+from .options import device_option, lifetime_options, model_options, store_options
 from .output import count, duration, print_json, print_line, print_table, size
 from .progress import Meter
 from .prompts import Asked, Line, as_asked, count_lines, nothing_in, stream_prompts
@@ -54,6 +56,7 @@ class PutResult:
 )
 @model_options
 @device_option
+@lifetime_options
 @store_options
 def put(
     texts: Sequence[str],
@@ -62,6 +65,8 @@ def put(
     dtype: str,
     device: str | None,
     namespace: str,
+    tag: str | None,
+    ttl_s: float | None,
     path: str | None,
     as_json: bool,
     skip_bad: bool,
@@ -83,8 +88,11 @@ def put(
       promptdb put --model demo "Return the number" " of items" " in the list"
       promptdb put --model demo --file prompts.jsonl
       promptdb put --model demo --file prompts.jsonl --dry-run
+      promptdb put --model demo --file prompts.jsonl --tag evaluation --ttl 7d
       cat notes.txt | promptdb put --model demo -
     """
+    if tag is not None:
+        check_name(tag, may_be_empty=False)
     prompts = stream_prompts(texts, files)
     if dry_run:
         print_plan(
@@ -114,12 +122,12 @@ def put(
             raise nothing_in(files)
         check_checkpoint(model)
         began = perf_counter()
-        with CountingDB(path) as db:
+        with CountingDB(path, ttl_s) as db:
             with open_engine(db, model, dtype, device, namespace) as engine:
                 load_s = perf_counter() - began
                 interrupts.hold()
                 with meter, explaining(lambda: done_before(meter.num_done, "prompt", "stored")):
-                    for name, result in _results(engine, db, feed, meter, interrupts):
+                    for name, result in _results(engine, db, feed, meter, interrupts, tag):
                         table.add(name, result)
                         if as_json:
                             print_json(asdict(result))
@@ -144,7 +152,12 @@ def _tokenized(asked: Asked, tokenize: Callable[[tuple[str, ...]], Prompt]) -> P
 
 
 def _results(
-    engine: Engine, db: CountingDB, feed: Feed[Asked | Line], meter: Meter, interrupts: Interrupts
+    engine: Engine,
+    db: CountingDB,
+    feed: Feed[Asked | Line],
+    meter: Meter,
+    interrupts: Interrupts,
+    tag: str | None,
 ) -> Iterator[tuple[str, PutResult]]:
     """Compute the prompts of a feed; yield what to call each, and its result, once it is stored."""
     waiting: deque[tuple[Asked, Prompt]] = deque()  # those that the engine has taken
@@ -168,6 +181,8 @@ def _results(
         asked, prompt = waiting.popleft()
         meter.finished(found.tokens_loaded)
         written = db.claim(prompt.packed)
+        # What was written just now has its time to live, and gave it to what it stands on.
+        apply_lifetime(db, engine.root, prompt.packed, tag=tag, ttl_s=None if written.num_spans else db.ttl_s)
         yield (
             asked.place or head(asked.text, _TEXT_WIDTH),
             PutResult(

@@ -8,10 +8,10 @@ from typing import Any
 import click
 
 from promptdb.db import PromptDB
-from promptdb.format import FORMAT_VERSION, TOTALS
+from promptdb.format import TOTALS
 
 from .options import store_options
-from .output import age, count, print_fields, print_json, print_line, size
+from .output import age, count, print_fields, print_json, print_line, size, span_of_time
 
 
 @click.command(short_help="Show totals of the store.")
@@ -27,12 +27,13 @@ def stat(path: str | None, as_json: bool) -> None:
     with PromptDB(path, readonly=True) as db:
         found: dict[str, Any] = {
             "path": str(db.path),
-            "format_version": FORMAT_VERSION,
+            "format_version": db.format_version,
             "chunk_tokens": db.chunk_tokens,
             "created_unix_s": db.created_unix_s,
             "num_models": len(db.registry.models()),
             "num_tokenizers": len(db.registry.tokenizers()),
             **db.stat(),
+            "policy": db.limits().policy,
         }
     if as_json:
         print_json(found)
@@ -47,9 +48,29 @@ def stat(path: str | None, as_json: bool) -> None:
             "spans": f"{found['num_nodes']:,}, {count(found['num_tokens'], 'token')}",
             "logits": f"after {count(found['num_logits'], 'position')}",
             "stored": size(found["blob_bytes"]),
+            **{name: value for name, value in describe_limits(found).items() if value and value != "none"},
             "file": f"{size(found['file_bytes'])}, of which {size(found['used_bytes'])} used",
         }
     )
+
+
+def describe_limits(found: dict[str, Any]) -> dict[str, str]:
+    """Return what a person reads of limits and usage; empty where there is nothing to say."""
+    quota, charged = found["quota_bytes"], found.get("charged_bytes")
+    held = "" if charged is None else size(charged)
+    if quota and charged is not None:
+        held += f", {charged / quota:.0%} of the quota"
+    gone = [
+        f"{count(found[f'num_{what}'], 'span')} {what}" for what in ("evicted", "expired") if found.get(f"num_{what}")
+    ]
+    ttls = [f"{span_of_time(ttl_s)}{f' in {name}' if name else ''}" for name, ttl_s in found.get("ttl_s", {}).items()]
+    return {
+        "quota": f"{size(quota)}, {found['policy']} first" if quota else "none",
+        "charged": held,
+        "pinned": size(found["pinned_bytes"]) if found.get("pinned_bytes") else "",
+        "removed": ", ".join(gone),
+        "spans live": ", ".join(ttls),
+    }
 
 
 @click.command(short_help="List known models and tokenizers.")

@@ -68,6 +68,7 @@ class Selection:
     node : ID of a span: it, all that stands on it, and what it stands on itself.
     weights_ids : only spans of these models.
     namespace : only spans of this namespace; ``""`` is the one without a name.
+    tag : only spans of prompts that have this tag; see :meth:`PromptDB.tag`. Not with ``node``.
     with_prefix : with ``node``, write the spans that it stands on too. Otherwise the archive can only be imported where
         those are.
     """
@@ -75,6 +76,7 @@ class Selection:
     node: bytes | None = None
     weights_ids: frozenset[str] | None = None
     namespace: str | None = None
+    tag: str | None = None
     with_prefix: bool = True
 
     def wants(self, root: Root) -> bool:
@@ -150,10 +152,11 @@ def export_nodes(
     microseconds a token. Thread safe.
     """
     target = None if selection.node is None else prefix_of(db, selection.node)
+    tagged = None if selection.tag is None else db.tagged(selection.tag)
     roots = [item for item in db.roots() if selection.wants(item[0]) and (target is None or item[0] == target[0].root)]
     roots.sort(key=lambda item: tuple(vars(item[0]).values()))
     with destination(file, overwrite) as stream:
-        return _Export(db, selection, FrameWriter(stream), progress).run(roots, target)
+        return _Export(db, selection, FrameWriter(stream), progress).run(roots, target, tagged)
 
 
 class _Export:
@@ -166,15 +169,16 @@ class _Export:
         self._progress = progress
         self._report = ExportReport()
 
-    def run(self, roots: Roots, target: tuple[NodeRecord, bytes] | None) -> ExportReport:
-        """Write everything; ``target`` is the record of the selected span, and the packed tokens to its end."""
+    def run(self, roots: Roots, target: tuple[NodeRecord, bytes] | None, tagged: set[bytes] | None) -> ExportReport:
+        """Write everything, or of it only the spans ``tagged``, or what goes with ``target``: the record of a span, and
+        the packed tokens to its end."""
         frames, report = self._frames, self._report
         frames.write(MANIFEST, pack_record(MANIFEST_KEY, self._manifest(roots)))
         self._write_entries([root for root, _ in roots])
         for root, amounts in roots:
             frames.write(ROOT, root.digest, pack_root(root, amounts))
             report.num_roots += 1
-            outgoing = Outgoing(self._db, root)
+            outgoing = Outgoing(self._db, root, only=tagged)
             for span in outgoing.everything() if target is None else self._subtree(outgoing, *target):
                 self._write_span(outgoing, span)
             report.num_damaged += outgoing.num_damaged
@@ -202,6 +206,7 @@ class _Export:
                 "node": selection.node.hex() if selection.node else "",
                 "weights_ids": sorted(selection.weights_ids or ()),
                 "namespace": selection.namespace,
+                "tag": selection.tag,
                 "with_prefix": selection.with_prefix,
             },
             "num_roots": len(roots),

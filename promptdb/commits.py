@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from promptdb.errors import PromptError
-from promptdb.format import (
-    BLOBS,
-    LOGITS,
-    NODES,
-    ROOTS,
-    TOTALS,
-    BlobEntry,
-    Layout,
-    NodeRecord,
-    checksum,
-    pack_root,
-    unpack_root,
-)
+from promptdb.errors import InputTypeError, PromptDBError, PromptError, StoreError, StoreFullError
+from promptdb.eviction import evict, keep_quota
+from promptdb.format import BLOBS, LOGITS, NODES, BlobEntry, Layout, NodeRecord, checksum
 from promptdb.keys import TOKEN_BYTES, PrefixHasher, Root, node_id, num_tokens
-from promptdb.snapshot import Snapshot, Verified, logits_owner, pack_logits
-from promptdb.tables import Index, Reader, Writer
-from promptdb.trie import attach, detach, match
+from promptdb.ledger import Ledger, with_ledger
+from promptdb.life import NEVER, read_ttl, read_usage
+from promptdb.snapshot import pack_logits
+from promptdb.tables import Index, Writer
+from promptdb.trie import attach, children, match
+
+logger = logging.getLogger("promptdb")
+
+# Of what is stored, what a full disk makes go at least.
+_SPACE_SHARE = 1 / 16
+_FIRST_BATCH = 8
 
 Bytes = bytes | bytearray | memoryview
 
@@ -54,6 +52,8 @@ class PutRequest:
     encode : returns the spans that tile ``[position, n)``; called with ``start``, and again with a later position if
         somebody stored a part of the first span meanwhile. Never called inside a transaction.
     logits : by position i, a blob with next-token logits after ``[0, i)``.
+    ttl_s : how long the prompt lives at least, from now, in seconds; infinite: for ever. None: as the store's setting
+        for its namespace says. What is stored of it already then lives as long too, if it would not have.
     """
 
     root: Root
@@ -61,6 +61,7 @@ class PutRequest:
     start: int
     encode: Callable[[int], Sequence[SpanPayload]]
     logits: Mapping[int, Bytes] = field(default_factory=dict)
+    ttl_s: float | None = None
 
 
 @dataclass(frozen=True)
@@ -109,17 +110,14 @@ def check_spans(spans: Sequence[SpanPayload], start: int, packed: bytes) -> list
     raise PromptError(f"spans {bounds} do not tile positions from {start} of a prompt of {num_tokens(packed)} tokens")
 
 
-def add_to_totals(writer: Writer, root: Root, nodes: int, tokens: int, size_bytes: int) -> None:
-    """Change the totals of a root, which goes when its last span does."""
-    data = writer.get(ROOTS, root.digest)
-    totals = dict.fromkeys(TOTALS, 0) if data is None else unpack_root(root.digest, data)[1]
-    totals["num_nodes"] += nodes
-    totals["num_tokens"] += tokens
-    totals["blob_bytes"] += size_bytes
-    if totals["num_nodes"]:
-        writer.put(ROOTS, root.digest, pack_root(root, totals))
-    else:
-        writer.delete(ROOTS, root.digest)
+def check_ttl(ttl_s: object) -> None:
+    """Raise what is wrong with a time to live."""
+    if ttl_s is None:
+        return
+    if isinstance(ttl_s, bool) or not isinstance(ttl_s, (int, float)):
+        raise InputTypeError(f"a time to live must be a number of seconds, not {type(ttl_s).__name__}")
+    if not ttl_s > 0:
+        raise StoreError(f"a time to live of {ttl_s} s", "choose more than 0 seconds")
 
 
 class _Span(NamedTuple):
@@ -141,6 +139,7 @@ class _Prepared:
 
     def __init__(self, request: PutRequest) -> None:
         check_packed(request.packed)
+        check_ttl(request.ttl_s)
         total = num_tokens(request.packed)
         self.request = request
         self.spans: list[_Span] = []
@@ -164,76 +163,163 @@ class _Prepared:
             self.spans.append(_Span(payload, child_hash, tokens, node, blobs))
 
 
-def put_all(index: Index, requests: Sequence[PutRequest]) -> list[PutReport]:
-    """Store what is not stored yet in one transaction; see :meth:`promptdb.PromptDB.put_many`."""
+def put_all(
+    index: Index,
+    requests: Sequence[PutRequest],
+    *,
+    clock: Callable[[], float] = time.time,
+    used: Mapping[bytes, float] | None = None,
+) -> list[PutReport]:
+    """Store what is not stored yet in one transaction; see :meth:`promptdb.PromptDB.put_many`.
+
+    Parameters
+    ----------
+    clock : seconds since 1970.
+    used : last use of other prompts, by the last span of each, to be written with it.
+    """
     if not requests:
         return []
     puts = [_Prepared(request) for request in requests]
+    try:
+        return _commit(index, puts, clock, used or {})
+    except StoreFullError as error:
+        if not _make_space(index, puts, clock, error):
+            raise
+        return _commit(index, puts, clock, {})
+
+
+def _commit(
+    index: Index, puts: Sequence[_Prepared], clock: Callable[[], float], used: Mapping[bytes, float]
+) -> list[PutReport]:
+    def work(ledger: Ledger) -> list[PutReport]:
+        ledger.touch(used)
+        reports = _put_in_order(ledger, puts)
+        keep_quota(ledger)
+        return reports
+
     while True:
         try:
-            return index.transact(lambda writer: _put_in_order(writer, puts))
+            return with_ledger(index, clock(), work, frees=False)
         except _OverlapsError as overlaps:
             for number, position in overlaps.positions.items():
                 puts[number].encode_from(position)
 
 
-def _put_in_order(writer: Writer, puts: Sequence[_Prepared]) -> list[PutReport]:
+def _make_space(index: Index, puts: Sequence[_Prepared], clock: Callable[[], float], error: StoreFullError) -> bool:
+    """Evict so much that puts which met a full disk should find room in the file; return whether anything went.
+
+    A few spans first, and ever more: removing takes pages too, and each step frees those for the next.
+    """
+    wanted = 2 * sum(entry.size_bytes for put in puts for span in put.spans for entry in span.blobs.values())
+    with index.read() as reader:
+        usage = read_usage(reader)
+    charged = 0 if usage is None else usage.charged_bytes
+    goal = max(0, charged - max(wanted, int(_SPACE_SHARE * charged)))
+    removed, batch = 0, _FIRST_BATCH
+
+    def note(ledger: Ledger) -> None:
+        ledger.usage.room_bytes = max(1, ledger.usage.charged_bytes)
+
+    try:
+        while gone := with_ledger(
+            index,
+            clock(),
+            lambda ledger: evict(ledger, enough_bytes=goal, goal_bytes=goal, max_nodes=batch),  # noqa: B023 - run at once
+        ):
+            removed, batch = removed + gone, 2 * batch
+        if removed:
+            # Also because LMDB uses a page again only in the second transaction after the one that freed it.
+            with_ledger(index, clock(), note)
+    except PromptDBError as failure:
+        logger.warning("evicting failed on a full disk: %s", failure.message)
+    if removed:
+        logger.warning("%s; evicted %d spans, trying again", error.message, removed)
+    return removed > 0
+
+
+def _put_in_order(ledger: Ledger, puts: Sequence[_Prepared]) -> list[PutReport]:
     reports, overlaps = [], {}
+    ttls: dict[str, float | None] = {}
     for number, put in enumerate(puts):
+        root, ttl_s = put.request.root, put.request.ttl_s
+        if ttl_s is None:
+            if root.namespace not in ttls:
+                ttls[root.namespace] = read_ttl(ledger.writer, root.namespace)
+            ttl_s = ttls[root.namespace]
         try:
-            reports.append(_put(writer, put))
+            reports.append(_put(ledger, put, NEVER if ttl_s is None else ledger.now + ttl_s))
         except OverlapError as overlap:
             # It goes on, so that one more attempt is enough, however many overlap.
             overlaps[number] = overlap.position
     if overlaps:
         raise _OverlapsError(overlaps)
-    # Once per root: with every put they would be half of the work of a small one.
-    new: dict[Root, list[PutReport]] = {}
-    for put, report in zip(puts, reports, strict=True):
-        new.setdefault(put.request.root, []).append(report)
-    for root, added in new.items():
-        nodes, tokens = sum(each.num_spans for each in added), sum(each.num_tokens for each in added)
-        size_bytes = sum(each.num_bytes for each in added)
-        if nodes or size_bytes:
-            add_to_totals(writer, root, nodes, tokens, size_bytes)
     return reports
 
 
-def _put(writer: Writer, put: _Prepared) -> PutReport:
+def _put(ledger: Ledger, put: _Prepared, expires_unix_s: float) -> PutReport:
+    writer = ledger.writer
     root, packed = put.request.root, put.request.packed
     walk = match(writer, root.digest, packed)
     covered = walk.num_tokens
     owner = walk.steps[-1].node if walk.steps else b""
-    written = tokens = size_bytes = 0
-    for position, (span, child_hash, ids, node, entries) in enumerate(put.spans):
+    ledger.protected.update(step.node for step in walk.steps)
+    written = tokens = size_bytes = dropped = 0
+    for number, (span, child_hash, ids, node, entries) in enumerate(put.spans):
         if span.end <= covered:
             continue
         if span.start < covered:
             _enter(writer, put, covered)
             raise OverlapError(covered)
         if span.start > covered:
-            return PutReport(written, tokens, size_bytes, len(put.spans) - position)
+            dropped = len(put.spans) - number
+            break
         for kind, blob in span.blobs.items():
             writer.put(BLOBS, node + kind.encode(), blob)
         record = NodeRecord(
-            root, owner, child_hash, span.start, ids, span.layout, entries, time.time(), span.compute_s, span.provenance
+            root, owner, child_hash, span.start, ids, span.layout, entries, ledger.now, span.compute_s, span.provenance
         )
-        writer.put(NODES, node, record.pack(node))
+        data = record.pack(node)
+        writer.put(NODES, node, data)
         attach(writer, child_hash, ids, node)
+        ledger.add(node, record, len(data), expires_unix_s)
+        if ledger.usage.num_orphans:
+            _adopt(ledger, record, node, packed)
         written, tokens, size_bytes = written + 1, tokens + record.num_tokens, size_bytes + record.size_bytes
         # Spans that stood on this position before it was removed can be reached again.
         walk = match(writer, root.digest, packed, span.end)
         covered = walk.num_tokens
         owner = walk.steps[-1].node if walk.steps else node
-    for position, blob in sorted(put.request.logits.items()):
+        ledger.protected.update(step.node for step in walk.steps)
+    ledger.extend(owner, expires_unix_s)
+    if not dropped:
+        size_bytes += _put_logits(ledger, put.request, covered)
+    return PutReport(written, tokens, size_bytes, dropped)
+
+
+def _put_logits(ledger: Ledger, request: PutRequest, covered: int) -> int:
+    writer, root, packed = ledger.writer, request.root, request.packed
+    size_bytes = 0
+    for position, blob in sorted(request.logits.items()):
         if position <= covered:
             digest = PrefixHasher(root.digest, packed).at(position)
             if writer.get(LOGITS, digest) is None:
                 holder = match(writer, root.digest, packed[: position * TOKEN_BYTES]).steps[-1].node
                 value = pack_logits(digest, holder, blob)
                 writer.put(LOGITS, digest, value)
+                ledger.add_logits(root, holder, digest, len(value))
                 size_bytes += len(value)
-    return PutReport(written, tokens, size_bytes)
+    return size_bytes
+
+
+def _adopt(ledger: Ledger, record: NodeRecord, node: bytes, packed: bytes) -> None:
+    """Let spans whose parent is gone stand on a node that was stored just now. 3 microseconds a token."""
+    hasher = PrefixHasher(record.root.digest, packed)
+    for position in range(record.start + 1, record.end + 1):
+        own = packed[position * TOKEN_BYTES : (position + 1) * TOKEN_BYTES] if position < record.end else b""
+        for child, span in list(children(ledger.writer, hasher.at(position))):
+            # One that repeats a token of the node's own is not on any path.
+            if span[:TOKEN_BYTES] != own:
+                ledger.adopt(node, child)
 
 
 def _enter(writer: Writer, put: _Prepared, position: int) -> None:
@@ -242,35 +328,3 @@ def _enter(writer: Writer, put: _Prepared, position: int) -> None:
     digest = PrefixHasher(put.request.root.digest, packed).at(position)
     tokens = packed[position * TOKEN_BYTES : put.spans[-1].payload.end * TOKEN_BYTES]
     attach(writer, digest, tokens, node_id(digest, tokens))
-
-
-def _logits_of(reader: Reader, node: bytes, record: NodeRecord, prefix: bytes | None) -> list[tuple[bytes, int]]:
-    """Return (prefix digest, bytes) of the logits that were stored for positions inside a node."""
-    found = []
-    if prefix is not None:
-        hasher = PrefixHasher(record.root.digest, prefix)
-        for position in range(record.start + 1, record.end + 1):
-            data = reader.get(LOGITS, digest := hasher.at(position))
-            if data is not None:
-                found.append((digest, len(data)))
-    else:  # the tokens before the node are gone, so its digests cannot be computed: look at all
-        for digest, data in reader.scan(LOGITS):
-            if logits_owner(data) == node:
-                found.append((digest, len(data)))
-    return found
-
-
-def remove_span(writer: Writer, node: bytes, prefix: bytes | None) -> None:
-    """Remove one span with its blobs and logits; ``prefix`` is the packed tokens to its end, if they are known."""
-    record = Snapshot(writer, Verified("never")).record(node)
-    if record is None:
-        return
-    size_bytes = record.size_bytes
-    for kind in record.blobs:
-        writer.delete(BLOBS, node + kind.encode())
-    for digest, logits_bytes in _logits_of(writer, node, record, prefix):
-        size_bytes += logits_bytes
-        writer.delete(LOGITS, digest)
-    detach(writer, record.child_hash, record.span)
-    writer.delete(NODES, node)
-    add_to_totals(writer, record.root, -1, -record.num_tokens, -size_bytes)

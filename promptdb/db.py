@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import itertools
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
+from promptdb.access import AccessLog
 from promptdb.commits import (
     Bytes,
     PutReport,
     PutRequest,
     SpanPayload,
-    add_to_totals,
     check_packed,
+    check_ttl,
     put_all,
-    remove_span,
 )
 from promptdb.errors import (
     CorruptDataError,
@@ -34,11 +36,14 @@ from promptdb.format import (
     unpack_root,
 )
 from promptdb.keys import TOKEN_BYTES, Root, pack_tokens
+from promptdb.ledger import Ledger, with_ledger
+from promptdb.lifecycle import Lifecycle, check_limits
 from promptdb.memory import MemoryIndex
 from promptdb.opening import check_options, default_path, open_index, read_settings
+from promptdb.pins import remove_spans
 from promptdb.registry import Registry
 from promptdb.snapshot import Match, Snapshot, Verified
-from promptdb.tables import Index, Writer
+from promptdb.tables import Index, Reader
 from promptdb.trie import descendants
 
 if TYPE_CHECKING:
@@ -47,9 +52,11 @@ if TYPE_CHECKING:
     from promptdb.verify import Problem
 
 _PAGE_RECORDS = 256
+# Uses of other prompts that one put writes, each of some spans: a few pages, where the put itself is small.
+_USES_PER_PUT = 16
 
 
-class PromptDB:
+class PromptDB(Lifecycle):
     """A persistent database of prompt representations.
 
     Parameters
@@ -60,6 +67,10 @@ class PromptDB:
     verify_reads : when checksums of blobs are checked: ``"once"`` per blob and process, ``"always"``, or ``"never"``.
         Records are checked at every read.
     map_bytes : initial size of LMDB's memory map; it grows by itself.
+    quota_bytes, policy : what the store may be charged in all, and what is evicted first; see :meth:`set_quota`. Set
+        when the store is created (no quota, and ``"cost"``, unless given).
+    ttl_s : how many seconds prompts live that are put with this handle; by default, as their namespace's setting says.
+    clock : seconds since 1970, for tests.
 
     Raises
     ------
@@ -90,35 +101,65 @@ class PromptDB:
         chunk_tokens: int | None = None,
         verify_reads: str = "once",
         map_bytes: int | None = None,
+        quota_bytes: int | None = None,
+        policy: str | None = None,
+        ttl_s: float | None = None,
+        clock: Callable[[], float] = time.time,
     ) -> None:
         if path is not None and not isinstance(path, (str, os.PathLike)):
             raise InputTypeError(f"path must be a str or a path, not {type(path).__name__}")
         if path is not None and not str(path):
             raise NotAStoreError("the path of the store is empty", "a store is a directory; name one")
         check_options(chunk_tokens, verify_reads, map_bytes)
+        check_limits(quota_bytes, policy)
+        check_ttl(ttl_s)
         directory = Path(path) if path is not None else default_path()
-        self._open(directory, open_index(directory, readonly, map_bytes), chunk_tokens, verify_reads)
+        index = open_index(directory, readonly, map_bytes)
+        self._open(directory, index, verify_reads, ttl_s, clock, (chunk_tokens, clock, quota_bytes, policy))
 
     @classmethod
-    def in_memory(cls, *, chunk_tokens: int | None = None, verify_reads: str = "once") -> PromptDB:
+    def in_memory(
+        cls,
+        *,
+        chunk_tokens: int | None = None,
+        verify_reads: str = "once",
+        quota_bytes: int | None = None,
+        policy: str | None = None,
+        ttl_s: float | None = None,
+        clock: Callable[[], float] = time.time,
+    ) -> PromptDB:
         """Return a store that lives in this process's memory and dies with it."""
         check_options(chunk_tokens, verify_reads, None)
+        check_limits(quota_bytes, policy)
+        check_ttl(ttl_s)
         db = cls.__new__(cls)
-        db._open(None, MemoryIndex(), chunk_tokens, verify_reads)
+        db._open(None, MemoryIndex(), verify_reads, ttl_s, clock, (chunk_tokens, clock, quota_bytes, policy))
         return db
 
-    def _open(self, path: Path | None, index: Index, chunk_tokens: int | None, verify_reads: str) -> None:
+    def _open(
+        self,
+        path: Path | None,
+        index: Index,
+        verify_reads: str,
+        ttl_s: float | None,
+        clock: Callable[[], float],
+        wanted: tuple[int | None, Callable[[], float], int | None, str | None],
+    ) -> None:
         self.path = path
+        self.ttl_s = ttl_s
         self._index = index
+        self._clock = clock
+        self._accesses = None if index.readonly else AccessLog()
         self._verified = Verified(verify_reads)
         self.registry = Registry(index)
         try:
-            settings = read_settings(index, path, chunk_tokens)
+            settings = read_settings(index, path, *wanted)
         except BaseException:
             index.close()
             raise
         self.chunk_tokens: int = settings["chunk_tokens"]
         self.created_unix_s: float = settings["created_unix_s"]
+        self.format_version: int = settings["format_version"]  # when it was opened
 
     @property
     def readonly(self) -> bool:
@@ -126,7 +167,11 @@ class PromptDB:
         return self._index.readonly
 
     def close(self) -> None:
-        """Release the store. Closing twice is harmless; everything that was put is already durable."""
+        """Release the store. Closing twice is harmless; everything that was put is already durable.
+
+        Writes when spans were used last, so it may wait for another writer.
+        """
+        self.flush_accesses()
         self._index.close()
 
     def __enter__(self) -> Self:
@@ -144,9 +189,17 @@ class PromptDB:
 
     @contextmanager
     def read(self) -> Iterator[Snapshot]:
-        """Hold one consistent view of the store; see :class:`promptdb.snapshot.Snapshot`. Never waits for writers."""
+        """Hold one consistent view of the store; see :class:`promptdb.snapshot.Snapshot`. Never waits for writers.
+
+        Once in many thousand times, the times of last use that have piled up are written afterwards.
+        """
         with self._index.read() as reader:
-            yield Snapshot(reader, self._verified)
+            yield self._snapshot(reader)
+        if self._accesses is not None and self._accesses.has_many:
+            self.flush_accesses()
+
+    def _snapshot(self, reader: Reader) -> Snapshot:
+        return Snapshot(reader, self._verified, self._accesses, self._clock)
 
     def lookup(
         self,
@@ -185,7 +238,10 @@ class PromptDB:
         check_packed(packed)
         root = Root(model, tokenizer, namespace, intervention)
         with self._index.read() as reader:
-            return Snapshot(reader, self._verified).match(root, packed)
+            match = self._snapshot(reader).match(root, packed)
+        if self._accesses is not None and self._accesses.has_many:
+            self.flush_accesses()
+        return match
 
     def roots(self) -> list[tuple[Root, dict[str, int]]]:
         """Return every root that has spans, with its totals: ``num_nodes``, ``num_tokens``, ``blob_bytes``."""
@@ -270,7 +326,8 @@ class PromptDB:
         return [(node, prefix), *((child, tokens) for _, child, tokens in following)]
 
     def stat(self) -> dict[str, int]:
-        """Return totals of the store: nodes, tokens, bytes of blobs, and sizes of the file. Cheap."""
+        """Return totals of the store: nodes, tokens, bytes of blobs, limits, evictions, sizes of the file. Cheap."""
+        usage = self.usage()
         with self._index.read() as reader:
             totals = dict.fromkeys(TOTALS, 0)
             for key, value in reader.scan(ROOTS):
@@ -278,7 +335,7 @@ class PromptDB:
                     totals[name] += amount
             totals["num_roots"] = reader.count(ROOTS)
             totals["num_logits"] = reader.count(LOGITS)
-        return {**totals, **self._index.stats()}
+        return {**totals, **usage, **self._index.stats()}
 
     def verify(self, *, fix: bool = False) -> list[Problem]:
         """Walk the whole store and return what does not hold; see :func:`promptdb.verify.verify`.
@@ -291,7 +348,7 @@ class PromptDB:
         with self._index.read() as reader:
             problems = verify(reader)
         if fix and problems:
-            self._index.transact(lambda writer: repair(writer, read_blobs=True))
+            self._index.transact(lambda writer: repair(writer, read_blobs=True), frees=True)
         return problems
 
     # Writing
@@ -303,6 +360,8 @@ class PromptDB:
         start: int,
         encode: Callable[[int], Sequence[SpanPayload]],
         logits: Mapping[int, Bytes] | None = None,
+        *,
+        ttl_s: float | None = None,
     ) -> PutReport:
         """Store spans of a prompt, all together or not at all, durably.
 
@@ -314,6 +373,8 @@ class PromptDB:
         encode : returns the spans that tile ``[position, n)``; called with ``start``, and again with a later position
             if somebody stored a part of the first span meanwhile.
         logits : by position i, a blob with next-token logits after ``[0, i)``.
+        ttl_s : how long the prompt lives at least, in seconds from now; infinite: for ever. By default, as the handle
+            or the namespace says. What is stored of it already then lives as long too.
 
         Returns
         -------
@@ -322,16 +383,18 @@ class PromptDB:
 
         Raises
         ------
+        QuotaExceededError
+            It does not fit into the store's quota, whatever else is evicted. Nothing was evicted, nothing stored.
         ReadOnlyStoreError, StoreFullError, StoreError
-            Nothing of the put is visible.
+            Nothing of the put is visible. On a full disk, something was evicted, and that was not enough.
         PromptError
             Tokens, spans or positions that do not fit each other.
 
         Notes
         -----
-        One transaction. Thread safe; writers of all processes take turns.
+        One transaction, that of the eviction included. Thread safe; writers of all processes take turns.
         """
-        return self.put_many([PutRequest(root, packed, start, encode, logits or {})])[0]
+        return self.put_many([PutRequest(root, packed, start, encode, logits or {}, ttl_s)])[0]
 
     def put_many(self, requests: Sequence[PutRequest]) -> list[PutReport]:
         """Store spans of many prompts in order, all together or not at all, durably.
@@ -347,7 +410,7 @@ class PromptDB:
 
         Raises
         ------
-        ReadOnlyStoreError, StoreFullError, StoreError, PromptError
+        QuotaExceededError, ReadOnlyStoreError, StoreFullError, StoreError, PromptError
             As :meth:`put`; nothing of any request is visible.
 
         Notes
@@ -355,7 +418,15 @@ class PromptDB:
         One transaction, and so one wait for the disk, whatever the number of requests; other writers wait for all of
         it. All spans are in memory at once. Thread safe.
         """
-        return put_all(self._index, requests)
+        if self.ttl_s is not None:
+            requests = [replace(each, ttl_s=self.ttl_s) if each.ttl_s is None else each for each in requests]
+        used = self._accesses.take(_USES_PER_PUT) if self._accesses is not None else {}
+        try:
+            return put_all(self._index, requests, clock=self._clock, used=used)
+        except BaseException:
+            if self._accesses is not None:
+                self._accesses.put_back(used)
+            raise
 
     def remove(self, node: bytes, *, only: bool = False) -> int:
         """Remove a stored span and everything that stands on it; return how many spans went.
@@ -371,35 +442,28 @@ class PromptDB:
             There is no such node.
         """
 
-        def work(writer: Writer) -> int:
-            snapshot = Snapshot(writer, Verified("never"))
-            try:
-                doomed = self.subtree(snapshot, node)
-            except CorruptDataError:  # its record, or one before it: only a walk finds all that belongs to it
-                from promptdb.verify import repair
+        def work(ledger: Ledger) -> int:
+            doomed = self._doomed(ledger, node, only=only)
+            return remove_spans(ledger, doomed, labels_too=not only) if doomed else 1
 
-                repair(writer, read_blobs=False)
-                if writer.get(NODES, node) is None:
-                    return 1
-                doomed = self.subtree(snapshot, node)
-            if only:
-                del doomed[1:]
-            for each, tokens in doomed:
-                remove_span(writer, each, tokens)
-            return len(doomed)
+        return with_ledger(self._index, self._clock(), work)
 
-        return self._index.transact(work)
+    def _doomed(self, ledger: Ledger, node: bytes, *, only: bool) -> list[bytes]:
+        """Return what goes with a span; nothing if the span was damaged, so that a repair has taken it out."""
+        writer = ledger.writer
+        snapshot = Snapshot(writer, Verified("never"))
+        try:
+            found = self.subtree(snapshot, node)
+        except CorruptDataError:  # its record, or one before it: only a walk finds all that belongs to it
+            from promptdb.verify import repair
+
+            repair(writer, read_blobs=False)
+            ledger.reload()
+            if writer.get(NODES, node) is None:
+                return []
+            found = self.subtree(snapshot, node)
+        return [each for each, _ in (found[:1] if only else found)]
 
     def remove_logits(self, root: Root, prefix_digest: bytes) -> bool:
         """Remove the next-token logits after a prefix; return whether they were stored."""
-
-        def work(writer: Writer) -> bool:
-            data = writer.get(LOGITS, prefix_digest)
-            if data is None:
-                return False
-            size_bytes = len(data)
-            writer.delete(LOGITS, prefix_digest)
-            add_to_totals(writer, root, 0, 0, -size_bytes)
-            return True
-
-        return self._index.transact(work)
+        return with_ledger(self._index, self._clock(), lambda ledger: ledger.remove_logits(root, prefix_digest))

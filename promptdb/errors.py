@@ -8,6 +8,7 @@
     │   ├── FormatVersionError            written by a newer promptdb
     │   ├── ReadOnlyStoreError            a write to a store that cannot be written
     │   ├── StoreFullError                no space left on the device
+    │   ├── QuotaExceededError            a put that does not fit into the store's quota
     │   ├── RemoteFilesystemError         LMDB must not live on a network filesystem
     │   └── WriteBehindError              a background write failed; raised by the next call and by close
     ├── CorruptDataError (ValueError)     a checksum, record or blob that does not hold
@@ -46,6 +47,7 @@ __all__ = [
     "PromptDBError",
     "PromptError",
     "PromptTooLongError",
+    "QuotaExceededError",
     "ReadOnlyStoreError",
     "RemoteFilesystemError",
     "StoreError",
@@ -94,6 +96,10 @@ class ReadOnlyStoreError(StoreError):
 
 class StoreFullError(StoreError):
     """The device has no space left for the write; what was stored before stays readable."""
+
+
+class QuotaExceededError(StoreError):
+    """What a put stores, with what may not be evicted, is larger than the store's quota; nothing of it is stored."""
 
 
 class RemoteFilesystemError(StoreError):

@@ -16,7 +16,7 @@ from xxhash import xxh3_128_digest
 from promptdb.errors import CorruptDataError
 from promptdb.keys import DIGEST_BYTES, TOKEN_BYTES, Root, num_tokens
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 # Named tables. Keys and values: FORMAT.md.
 META = "meta"
@@ -28,7 +28,10 @@ LOGITS = "logits"
 MODELS = "models"
 TOKENIZERS = "tokenizers"
 CHECKPOINTS = "checkpoints"
-TABLES = (META, ROOTS, NODES, CHILDREN, BLOBS, LOGITS, MODELS, TOKENIZERS, CHECKPOINTS)
+LIFE = "life"
+QUEUE = "queue"
+LABELS = "labels"
+TABLES = (META, ROOTS, NODES, CHILDREN, BLOBS, LOGITS, MODELS, TOKENIZERS, CHECKPOINTS, LIFE, QUEUE, LABELS)
 
 STORE_KEY = b"store"
 KV_BLOB = "kv"

@@ -36,10 +36,13 @@ from promptdb.errors import (
 )
 from promptdb.filesystem import refuse_remote
 from promptdb.format import META, STORE_KEY, TABLES
+from promptdb.presence import Presence, is_locked, sync_directory
+from promptdb.reserve import Reserve
 from promptdb.tables import Item, Reader, Result, Writer
 
 DEFAULT_MAP_BYTES = 1 << 30
 DATA_FILE = "data.mdb"
+COMPACT_FILE = "data.mdb.compact"
 LOCK_FILE = "lock.mdb"
 _MAX_READERS = 512
 _MAX_GROWTH_BYTES = 64 << 30
@@ -124,9 +127,25 @@ class _Environment:
         # LMDB has one writer at a time; its own mutex is not fair, and waiting here costs no file lock.
         self.write_lock = threading.Lock()
         self.tables: dict[str, Any] = {}
+        self.reserve = Reserve(path)
         try:
-            self.env = self._open(max(map_bytes, _MIN_MAP_PAGES * mmap.PAGESIZE))
-        except lmdb.Error as error:
+            self.presence = Presence(path)
+        except OSError as error:
+            raise error if isinstance(error, PromptDBError) else _translated(error, path) from error
+        try:
+            self._begin(max(map_bytes, _MIN_MAP_PAGES * mmap.PAGESIZE))
+        except BaseException:
+            self.presence.close()
+            raise
+
+    def _begin(self, map_bytes: int) -> None:
+        """Open the file, and all tables."""
+        path = self.path
+        try:
+            if not self.readonly:
+                (path / COMPACT_FILE).unlink(missing_ok=True)  # of somebody who was killed: none compacts it now
+            self.env = self._open(map_bytes)
+        except (lmdb.Error, OSError) as error:
             raise _translated(error, path) from error
         try:
             self._cover_used_pages()
@@ -137,6 +156,38 @@ class _Environment:
             if isinstance(error, (lmdb.Error, OSError)) and not isinstance(error, PromptDBError):
                 raise _translated(error, path) from error
             raise
+
+    def end(self) -> None:
+        """Close the file."""
+        self.env.close()
+        self.presence.close()
+
+    def replace(self, check: Callable[[Reader], None]) -> None:
+        """Put a compacted and checked copy in the place of the file. Nothing of this process may be using it."""
+        if not self.presence.take():
+            raise self._others_are_here()
+        part, map_bytes = self.path / COMPACT_FILE, self.env.info()["map_size"]
+        try:
+            write_copy(self.env, part, compact=True)
+            _check_copy(part, check)
+            self.env.close()
+            try:
+                if is_locked(self.path / LOCK_FILE):
+                    raise self._others_are_here()
+                part.replace(self.path / DATA_FILE)
+                sync_directory(self.path)
+            finally:
+                self._begin(map_bytes)
+        except (lmdb.Error, OSError) as error:
+            raise error if isinstance(error, PromptDBError) else _translated(error, self.path) from error
+        finally:
+            part.unlink(missing_ok=True)
+            self.presence.share()
+
+    def _others_are_here(self) -> StoreError:
+        return StoreError(
+            f"{self.path} is open in other processes", "close it there: nobody else may use it while it is compacted"
+        )
 
     def _open(self, map_bytes: int) -> Any:
         options: dict[str, Any] = {
@@ -262,6 +313,8 @@ def _leave_parent() -> None:
     global _environments_lock
     _environments_lock = threading.Lock()  # the parent may have held it
     if _environments:
+        for environment in _environments.values():
+            environment.presence.close()  # the child's copy: the parent keeps its own
         _inherited.extend(_environments.values())
         _environments.clear()
         _let_child_open()
@@ -344,6 +397,27 @@ def _translated(error: Exception, path: Path) -> PromptDBError:
     return StoreError(f"{path}: {text}")
 
 
+def write_copy(env: Any, path: Path, *, compact: bool) -> None:
+    """Write a consistent copy of an environment to a new file, private to the user, and sync it."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    try:
+        env.copyfd(descriptor, compact=compact)
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _check_copy(path: Path, check: Callable[[Reader], None]) -> None:
+    """Open a copy for ``check``, which raises what is wrong with it."""
+    copied = lmdb.open(str(path), subdir=False, readonly=True, lock=False, max_dbs=len(TABLES) + 8)
+    try:
+        tables = {name: copied.open_db(name.encode(), create=False) for name in TABLES}
+        with copied.begin(buffers=True) as transaction:
+            check(_LmdbTransaction(transaction, tables))
+    finally:
+        copied.close()
+
+
 class LmdbIndex:
     """Tables in an LMDB environment. See :class:`promptdb.tables.Index` for the contract.
 
@@ -409,7 +483,7 @@ class LmdbIndex:
         """Hold a snapshot; see :meth:`promptdb.tables.Index.read`."""
         return _Reading(self)
 
-    def transact(self, work: Callable[[Writer], Result]) -> Result:
+    def transact(self, work: Callable[[Writer], Result], *, frees: bool = False) -> Result:
         """Run ``work`` and commit it; see :meth:`promptdb.tables.Index.transact`."""
         environment = self._check_usable()
         if self.readonly:
@@ -428,11 +502,15 @@ class LmdbIndex:
                 except lmdb.MapResizedError:
                     self._adopt_map()
                 except lmdb.Error as error:
-                    raise _translated(error, environment.path) from error
+                    translated = _translated(error, environment.path)
+                    if not (frees and isinstance(translated, StoreFullError) and environment.reserve.release()):
+                        raise translated from error
 
     def _commit(self, work: Callable[[Writer], Result]) -> Result:
-        transaction = self._environment.env.begin(write=True, buffers=True)
-        writer = _LmdbTransaction(transaction, self._environment)
+        environment = self._environment
+        environment.reserve.keep(environment.env.info()["last_pgno"] * mmap.PAGESIZE)
+        transaction = environment.env.begin(write=True, buffers=True)
+        writer = _LmdbTransaction(transaction, environment.tables)
         try:
             result = work(writer)
             transaction.commit()
@@ -448,6 +526,11 @@ class LmdbIndex:
             size = environment.env.info()["map_size"]
             try:
                 environment.env.set_mapsize(size + min(size, _MAX_GROWTH_BYTES))
+            except lmdb.MemoryError as error:  # no addresses left for a larger map
+                raise StoreFullError(
+                    f"{environment.path}: the map cannot grow beyond {size} bytes: {error}",
+                    "raise the limit of address space (ulimit -v); what the store held is still readable",
+                ) from error
             except lmdb.Error as error:
                 raise _translated(error, environment.path) from error
 
@@ -472,32 +555,34 @@ class LmdbIndex:
             "used_bytes": (info["last_pgno"] + 1) * page_bytes,
             "map_bytes": info["map_size"],
             "num_readers": info["num_readers"],
+            "free_bytes": shutil.disk_usage(environment.path).free,
         }
 
     def copy(self, path: Path, *, compact: bool = False) -> None:
         """Write a consistent copy of the data file; see :meth:`promptdb.tables.Index.copy`."""
         environment = self._check_usable()
-        try:
-            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-        except OSError as error:
-            raise _translated(error, path) from error
-        try:
-            while True:
-                try:
-                    with environment.map_lock.shared():
-                        self._check_usable()
-                        environment.env.copyfd(descriptor, compact=compact)
-                    break
-                except lmdb.MapResizedError:
-                    self._adopt_map()
-                    os.ftruncate(descriptor, os.lseek(descriptor, 0, os.SEEK_SET))
-            os.fsync(descriptor)
-        except (lmdb.Error, OSError) as error:
-            if isinstance(error, PromptDBError):
-                raise
-            raise _translated(error, path) from error
-        finally:
-            os.close(descriptor)
+        while True:
+            try:
+                with environment.map_lock.shared():
+                    self._check_usable()
+                    write_copy(environment.env, path, compact=compact)
+                return
+            except lmdb.MapResizedError:
+                path.unlink()
+                self._adopt_map()
+            except (lmdb.Error, OSError) as error:
+                if isinstance(error, PromptDBError):
+                    raise
+                raise _translated(error, path) from error
+
+    def compact(self, check: Callable[[Reader], None]) -> None:
+        """Give unused space back to the disk; see :meth:`promptdb.tables.Index.compact`."""
+        environment = self._check_usable()
+        if self.readonly:
+            raise ReadOnlyStoreError(f"{environment.path} is open for reading only", "open it for writing")
+        with environment.write_lock, environment.map_lock.alone():
+            self._check_usable()
+            environment.replace(check)
 
     def close(self) -> None:
         """Release the environment; the last handle of the process closes it."""
@@ -514,7 +599,7 @@ class LmdbIndex:
                     for identity, held in list(_environments.items()):
                         if held is environment:
                             del _environments[identity]
-                    environment.env.close()
+                    environment.end()
             self._closed = True
             environment.num_handles -= 1
 
@@ -529,7 +614,7 @@ class _Reading:
 
     def __enter__(self) -> Reader:
         self._thread, self._transaction = self._index._begin_read()
-        return _LmdbTransaction(self._transaction, self._index._environment)
+        return _LmdbTransaction(self._transaction, self._index._environment.tables)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -546,9 +631,9 @@ class _LmdbTransaction:
 
     __slots__ = ("_tables", "_transaction")
 
-    def __init__(self, transaction: Any, environment: _Environment) -> None:
+    def __init__(self, transaction: Any, tables: dict[str, Any]) -> None:
         self._transaction = transaction
-        self._tables = environment.tables
+        self._tables = tables
 
     def get(self, table: str, key: bytes) -> memoryview | None:
         handle = self._tables.get(table)  # None: the store was opened for reading, and never had that table

@@ -62,7 +62,7 @@ class MemoryIndex:
             finally:
                 self._depth -= 1
 
-    def transact(self, work: Callable[[Writer], Result]) -> Result:
+    def transact(self, work: Callable[[Writer], Result], *, frees: bool = False) -> Result:
         """Run ``work``; undo its writes if it raises."""
         with self._lock:
             self._check_open()
@@ -88,6 +88,14 @@ class MemoryIndex:
     def copy(self, path: Path, *, compact: bool = False) -> None:
         """Refuse: there is no file to copy."""
         raise StoreError("a store in memory has no file to copy", "`promptdb.archive.export_nodes` writes an archive")
+
+    def compact(self, check: Callable[[Reader], None]) -> None:
+        """Do nothing but check: memory is given back at once."""
+        with self._lock:
+            if self._depth:
+                raise StoreError("the map cannot change while this thread reads from it", "leave read() first")
+            with self.read() as reader:
+                check(reader)
 
     def close(self) -> None:
         """Drop everything."""

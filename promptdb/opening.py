@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from promptdb.errors import CorruptDataError, FormatVersionError, InputTypeError, NotAStoreError, StoreError
 from promptdb.format import FORMAT_VERSION, META, NODES, STORE_KEY, pack_record, unpack_record
+from promptdb.life import Limits, Usage, read_limits
 from promptdb.snapshot import VERIFY_MODES
 from promptdb.tables import Index, Writer
 from promptdb.version import __version__
@@ -63,8 +64,15 @@ def open_index(path: Path, readonly: bool, map_bytes: int | None) -> Index:
     return LmdbIndex(path, readonly=readonly, map_bytes=map_bytes or DEFAULT_MAP_BYTES)
 
 
-def read_settings(index: Index, path: Path | None, chunk_tokens: int | None) -> dict[str, Any]:
-    """Return the settings of a store, creating them in a new one."""
+def read_settings(
+    index: Index,
+    path: Path | None,
+    chunk_tokens: int | None,
+    clock: Callable[[], float],
+    quota_bytes: int | None = None,
+    policy: str | None = None,
+) -> dict[str, Any]:
+    """Return the settings of a store, creating them in a new one; raise if they are not those that were asked for."""
     with index.read() as reader:
         data = reader.get(META, STORE_KEY)
         found = None if data is None else unpack_record(STORE_KEY, data)
@@ -75,7 +83,7 @@ def read_settings(index: Index, path: Path | None, chunk_tokens: int | None) -> 
         fields = {
             "format_version": FORMAT_VERSION,
             "chunk_tokens": chunk_tokens or DEFAULT_CHUNK_TOKENS,
-            "created_unix_s": time.time(),
+            "created_unix_s": clock(),
             "created_by": f"promptdb {__version__}",
         }
 
@@ -85,6 +93,9 @@ def read_settings(index: Index, path: Path | None, chunk_tokens: int | None) -> 
             if standing is not None:
                 return unpack_record(STORE_KEY, standing)
             writer.put(META, STORE_KEY, pack_record(STORE_KEY, fields))
+            Usage().write(writer)
+            default = Limits()
+            Limits(quota_bytes or default.quota_bytes, policy or default.policy).write(writer)
             return fields
 
         found = index.transact(create)
@@ -103,4 +114,12 @@ def read_settings(index: Index, path: Path | None, chunk_tokens: int | None) -> 
             f"{path} was created with chunk_tokens={chunk}, not {chunk_tokens}",
             "leave chunk_tokens out, or create another store",
         )
+    del reader  # or it would keep a slot of LMDB's while the next one is opened
+    with index.read() as reader:
+        limits = read_limits(reader)
+    for name, wanted, held in (("quota_bytes", quota_bytes, limits.quota_bytes), ("policy", policy, limits.policy)):
+        if wanted is not None and wanted != held:
+            raise StoreError(
+                f"{path} has {name}={held!r}, not {wanted!r}", f"leave {name} out, or set_quota() changes it"
+            )
     return found

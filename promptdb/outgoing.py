@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from dataclasses import dataclass, replace
 
 from promptdb.db import PromptDB
@@ -31,15 +31,18 @@ class OutgoingSpan:
 
 
 class Outgoing:
-    """Walks spans of one root. ``num_damaged`` counts those left out, whatever stands on them not included.
+    """Walks spans of one root, all or ``only`` those of a set, which holds what they stand on too.
+
+    ``num_damaged`` counts those left out because they do not hold, whatever stands on them not included.
 
     Every span is read in a snapshot of its own, so that a slow receiver keeps no old pages of the store in use: what
     others put or remove meanwhile may be seen or not. Not thread safe.
     """
 
-    def __init__(self, db: PromptDB, root: Root) -> None:
+    def __init__(self, db: PromptDB, root: Root, *, only: Set[bytes] | None = None) -> None:
         self._db = db
         self._root = root
+        self._only = only
         self.num_damaged = 0
 
     def everything(self) -> Iterator[OutgoingSpan]:
@@ -118,6 +121,8 @@ class Outgoing:
                 if not key:
                     return None
                 level.after = key + b"\0"
+                if self._only is not None and node not in self._only:
+                    continue
                 try:
                     span = self._read(snapshot, node, prefix)
                 except CorruptDataError:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import threading
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
+from promptdb.access import AccessLog
 from promptdb.blobs import TensorView, parse_blob
 from promptdb.errors import CorruptDataError
-from promptdb.format import BLOBS, CHECKSUM_BYTES, LOGITS, NODES, NodeRecord, checksum
-from promptdb.keys import DIGEST_BYTES, TOKEN_BYTES, Root, node_id
+from promptdb.format import BLOBS, CHECKSUM_BYTES, LIFE, LOGITS, NODES, NodeRecord, checksum
+from promptdb.keys import DIGEST_BYTES, TOKEN_BYTES, PrefixHasher, Root, node_id
+from promptdb.life import is_alive
 from promptdb.tables import Reader
-from promptdb.trie import Step, match
+from promptdb.trie import Step, Walk, match
 
 VERIFY_MODES = ("always", "once", "never")
 
@@ -71,17 +75,45 @@ class Snapshot:
     """One consistent view of the store. Belongs to one thread, lives as long as its transaction.
 
     Views that its methods return point into the store's memory map and die with it: copy before leaving.
+
+    Parameters
+    ----------
+    accesses : where uses of spans are noted; None: nowhere.
+    clock : seconds since 1970; what has expired is not found.
     """
 
-    def __init__(self, reader: Reader, verified: Verified) -> None:
+    def __init__(
+        self,
+        reader: Reader,
+        verified: Verified,
+        accesses: AccessLog | None = None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
         self.reader = reader
         self._verified = verified
+        self._accesses = accesses
+        self._clock = clock
 
     def match(self, root: Root, packed: bytes) -> Match:
-        """Find the longest stored prefix of a prompt; see :func:`promptdb.trie.match`."""
+        """Find the longest stored prefix of a prompt that has not expired; see :func:`promptdb.trie.match`."""
         walk = match(self.reader, root.digest, packed)
-        has_logits = walk.num_tokens > 0 and self.reader.get(LOGITS, walk.end_digest) is not None
+        if not walk.steps:
+            return Match(root, packed, (), 0, has_logits=False)
+        now, reader = self._clock(), self.reader
+        # What a span stands on lives as long as the span: the last one tells of all.
+        if not is_alive(reader.get(LIFE, walk.steps[-1].node), now):
+            walk = self._alive(walk, root, packed, now)
+        if self._accesses is not None and walk.steps:
+            self._accesses.touch(walk.steps[-1].node, now)
+        has_logits = walk.num_tokens > 0 and reader.get(LOGITS, walk.end_digest) is not None
         return Match(root, packed, walk.steps, walk.num_tokens, has_logits)
+
+    def _alive(self, walk: Walk, root: Root, packed: bytes, now: float) -> Walk:
+        for number, step in enumerate(walk.steps):
+            if not is_alive(self.reader.get(LIFE, step.node), now):
+                end_digest = PrefixHasher(root.digest, packed).at(step.start)
+                return Walk(walk.steps[:number], step.start, end_digest)
+        return walk
 
     def record(self, node: bytes) -> NodeRecord | None:
         """Return the record of a node, or None if it is gone.

@@ -51,11 +51,12 @@ class Index(Protocol):
     def read(self) -> AbstractContextManager[Reader]:
         """Return a context manager that holds a snapshot. Never waits for writers."""
 
-    def transact(self, work: Callable[[Writer], Result]) -> Result:
+    def transact(self, work: Callable[[Writer], Result], *, frees: bool = False) -> Result:
         """Run ``work`` in a write transaction and commit it durably; undo everything if it raises.
 
         ``work`` may run more than once (the map may have to grow), so it must have no effects but its writes. A thread
-        that is inside ``read()`` or ``transact()`` is refused: it would wait for itself.
+        that is inside ``read()`` or ``transact()`` is refused: it would wait for itself. ``frees`` tells that ``work``
+        removes more than it adds: space that was kept for a full disk may be used.
         """
 
     def stats(self) -> dict[str, int]:
@@ -66,6 +67,13 @@ class Index(Protocol):
 
         Others write meanwhile; the map of this process cannot grow until it is done. With ``compact``, pages that are
         not in use are left out. Raises :class:`~promptdb.errors.StoreError` if there are no files to copy.
+        """
+
+    def compact(self, check: Callable[[Reader], None]) -> None:
+        """Give space that is not in use back to the system. Waits for the readers of this process.
+
+        ``check`` looks at what will take the tables' place, and raises what is wrong with it: everything is then as
+        before. Raises :class:`~promptdb.errors.StoreError` if another process has the store open.
         """
 
     def close(self) -> None:

@@ -37,7 +37,7 @@ from promptdb.db import PromptDB
 from promptdb.errors import StoreError
 from promptdb.format import BLOBS, CHILDREN, META, NODES, Group
 from promptdb.keys import Root, pack_tokens, unpack_tokens
-from promptdb.tables import Index, Item, Writer
+from promptdb.tables import Index, Item, Reader, Writer
 from promptdb.trie import cut
 
 __all__ = ["IndexContract", "StoreMachine", "encode_tokens", "scratch_directory"]
@@ -249,6 +249,45 @@ class IndexContract:
         after = index.stats()
         assert after["file_bytes"] >= before["file_bytes"] + (1 << 20)
         assert after["map_bytes"] >= after["file_bytes"]
+
+    def test_compact(self, index: Index) -> None:
+        """What is stored stays as it is; what the check raises stops it; and the index is used on."""
+
+        def fill(writer: Writer) -> None:
+            for number in range(200):
+                writer.put(BLOBS, number.to_bytes(2, "big"), bytes([number]) * 10_000)
+            for number in range(0, 200, 2):
+                writer.delete(BLOBS, number.to_bytes(2, "big"))
+
+        index.transact(fill)
+        with index.read() as reader:
+            before = _items(reader.scan(BLOBS))
+        checked: list[list[tuple[bytes, bytes]]] = []
+        index.compact(lambda reader: checked.append(_items(reader.scan(BLOBS))))
+        assert checked == [before]
+        with index.read() as reader:
+            assert _items(reader.scan(BLOBS)) == before
+            with pytest.raises(StoreError):
+                index.compact(lambda reader: None)
+        assert index.stats()["file_bytes"] < 2_000_000
+
+        def refuse(reader: Reader) -> None:
+            raise ZeroDivisionError
+
+        with pytest.raises(ZeroDivisionError):
+            index.compact(refuse)
+        index.transact(lambda writer: writer.put(BLOBS, b"after", b"1"))
+        with index.read() as reader:
+            assert _items(reader.scan(BLOBS)) == [*before, (b"after", b"1")]
+
+    def test_freeing(self, index: Index) -> None:
+        """A transaction that says that it frees space is one like any other."""
+        index.transact(lambda writer: writer.put(NODES, b"k", b"v"))
+        assert index.transact(lambda writer: writer.delete(NODES, b"k"), frees=True) is True
+        with pytest.raises(ZeroDivisionError):
+            index.transact(lambda writer: _write(writer, [(b"k", b"v")], True), frees=True)
+        with index.read() as reader:
+            assert reader.count(NODES) == 0
 
     def test_reopen(self) -> None:
         """What was committed is there again."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 
+from promptdb.audit import Audit, unsound_settings
 from promptdb.errors import CorruptDataError
 from promptdb.format import (
     BLOBS,
@@ -23,6 +24,7 @@ from promptdb.format import (
     unpack_root,
 )
 from promptdb.keys import PrefixHasher, Root, child_key, node_id
+from promptdb.rebuild import upgrade
 from promptdb.snapshot import Snapshot, Verified, logits_owner
 from promptdb.tables import Reader, Writer
 
@@ -55,6 +57,7 @@ def verify(reader: Reader) -> list[Problem]:
     starts: dict[bytes, bytes] = {}  # d(0) by root digest
     blob_keys: set[bytes] = set()
     child_keys: set[bytes] = set()
+    audit = Audit(reader)
 
     def report(table: str, key: bytes, what: str) -> None:
         problems.append(Problem(table, key.hex(), what))
@@ -68,6 +71,7 @@ def verify(reader: Reader) -> list[Problem]:
             report(NODES, node, error.message)
             continue
         root = roots[node] = record.root.digest
+        audit.node(node, record, len(value))
         if root not in starts:
             starts[root] = PrefixHasher(root, b"").at(0)
         if (record.start == 0) != (record.child_hash == starts[root]):
@@ -102,6 +106,7 @@ def verify(reader: Reader) -> list[Problem]:
         owner = logits_owner(value)
         if owner in roots:
             totals[roots[owner]]["blob_bytes"] += len(value)
+            audit.logits(digest, owner, len(value))
         else:
             report(LOGITS, digest, "no node owns these logits")
     for digest, value in reader.scan(ROOTS):
@@ -124,11 +129,13 @@ def verify(reader: Reader) -> list[Problem]:
                 unpack_record(key, value)
             except CorruptDataError as error:
                 report(table, key, error.message)
+    for table, key, what in audit.findings():
+        report(table, key, what)
     return problems
 
 
 def repair(writer: Writer, *, read_blobs: bool) -> int:
-    """Take out every span that does not hold, and make the child index and the totals again from those that do.
+    """Take out every span that does not hold, and make the indexes and the totals again from those that do.
 
     Parameters
     ----------
@@ -177,6 +184,7 @@ def repair(writer: Writer, *, read_blobs: bool) -> int:
                 unpack_record(key, value)
             except CorruptDataError:
                 records.append((table, key))
+    records += unsound_settings(writer)
     records += [(NODES, node) for node in doomed] + [(LOGITS, digest) for digest in logits]
     records += [(BLOBS, key) for key, _ in writer.scan(BLOBS) if key not in blob_keys]
     records += [(CHILDREN, key) for key, _ in writer.scan(CHILDREN) if key not in entries]
@@ -189,4 +197,5 @@ def repair(writer: Writer, *, read_blobs: bool) -> int:
             writer.put(CHILDREN, key, content)
     for root, amounts in totals.items():
         writer.put(ROOTS, root.digest, pack_root(root, {name: amounts[name] for name in TOTALS}))
+    upgrade(writer)
     return len(doomed)

@@ -1,6 +1,6 @@
 """Write the small store that is kept in ``tests/data`` to prove that old stores stay readable.
 
-    python scripts/make_old_store.py tests/data/store-v1
+    python scripts/make_old_store.py tests/data/store-v2
 
 Run it once per format version and commit what it writes. Never rewrite an old one: it stands for what users have.
 """
@@ -26,6 +26,7 @@ LAYOUT = (Group((0, 1), 2, 4, "F32"), Group((2, 3), 1, 2, "BF16"))
 PROMPT = [*range(100, 138), 2**32 - 1, 0]
 BRANCH = [*range(100, 110), 7, 7, 7]
 CHUNK = 16
+TTL_S, QUOTA_BYTES = 3.0e9, 1 << 20  # until 2118
 
 
 def value(slot: int, head: int, position: int, element: int) -> float:
@@ -60,15 +61,18 @@ def main(path: Path) -> None:
     if path.exists():
         raise SystemExit(f"{path} exists: an old store is never written again")
     clock = Mock(time=lambda: CREATED_UNIX_S)
-    fixed = patch.multiple("promptdb.opening", __version__="0", time=clock)
+    fixed = patch("promptdb.opening.__version__", "0")
     fixed_too = patch("promptdb.registry.time", clock)
-    fixed_as_well = patch("promptdb.commits.time", clock)
-    with fixed, fixed_too, fixed_as_well, PromptDB(path, chunk_tokens=CHUNK, map_bytes=1) as db:
+    limits = {"quota_bytes": QUOTA_BYTES, "policy": "lru", "clock": clock.time}
+    with fixed, fixed_too, PromptDB(path, chunk_tokens=CHUNK, map_bytes=1, **limits) as db:
         logits = build_blob([(TensorSpec("logits", "F32", (6,)), struct.pack("<6f", *range(6)))])
         packed = pack_tokens(PROMPT)
         db.put(ROOT, packed, 0, lambda start: spans(PROMPT, start, [5]), {len(PROMPT): logits})
         db.put(ROOT, pack_tokens(BRANCH), 10, lambda start: spans(BRANCH, start, []))
-        db.put(TENANT, pack_tokens(BRANCH), 0, lambda start: spans(BRANCH, start, []), {3: logits})
+        db.put(TENANT, pack_tokens(BRANCH), 0, lambda start: spans(BRANCH, start, []), {3: logits}, ttl_s=TTL_S)
+        db.set_ttl(TTL_S, namespace=TENANT.namespace)
+        db.pin(ROOT, BRANCH, expires_s=TTL_S, name="branch")
+        db.tag("é", ROOT, PROMPT)
         db.registry.add_model(ROOT.weights_id, {"name": "tiny", "num_layers": 2, "dtype": "F32"})
         db.registry.update_rates(ROOT.weights_id, compute_tokens_per_s=1000.0)
         db.registry.add_tokenizer(ROOT.tokenizer_id, {"name": "bytes", "json": '{"model": "é"}', "verbatim": True})

@@ -171,17 +171,40 @@ def test_another_namespace_is_another_trie():
         assert target.verify() == []
 
 
+def test_only_what_has_a_tag():
+    """Its spans from the start of each prompt on, and none that only stand beside or after them."""
+    one, two, three = tuple(range(40)), (*range(24), 7, 8), (9, 9, 9)
+    with PromptDB.in_memory(chunk_tokens=16) as source, PromptDB.in_memory() as target:
+        for tokens in (one, two, three, (*two, *range(50))):
+            put(source, tokens)
+        put(source, three, root=ROOTS[1])
+        source.tag("t", ROOT, two)
+        source.tag("t", ROOTS[1], three)
+        source.tag("other", ROOT, three)
+        report = imported(target, exported(source, Selection(tag="t")))
+        assert report.spans_stored == target.stat()["num_nodes"] == len(source.tagged("t"))
+        assert lookup(target, two).num_tokens == 26
+        assert lookup(target, one).num_tokens == 32  # whose second span `two` leaves at 24
+        assert lookup(target, three).num_tokens == 0
+        assert lookup(target, three, ROOTS[1]).num_tokens == 3
+        assert target.verify() == []
+        assert imported(target, exported(source, Selection(tag="nobody's"))).spans_stored == 0
+
+
 def test_namespaces_never_become_one():
     with PromptDB.in_memory() as source, PromptDB.in_memory() as target:
-        for root in ROOTS[:2]:
-            put(source, range(5), root=root)
+        for number in range(300):  # more than one batch of the first namespace
+            put(source, [number])
+        put(source, range(5), root=ROOTS[1])
         with pytest.raises(StoreError, match="several namespaces"):
             imported(target, exported(source), namespace="new")
+        assert target.stat()["num_nodes"] == 0
         # An archive that lies about their number gets no further than the first.
         lying = rewritten(exported(source), manifest={"num_namespaces": 1})
         with pytest.raises(StoreError, match="several namespaces"):
             imported(target, lying, namespace="new")
-        assert target.stat()["num_nodes"] <= 1
+        assert [root.namespace for root, _ in target.roots()] == ["new"]
+        assert lookup(target, range(5), Root(MODEL, TOKENIZER, "new")).num_tokens <= 1
 
 
 def test_a_deep_and_a_wide_tree_on_disk(db, tmp_path):
@@ -818,7 +841,7 @@ def test_commands_choose(tmp_path):
     ("arguments", "message"),
     [
         (["export", "FILE", "--without-prefix"], "goes with NODE"),
-        (["export", "FILE", "abcd", "--model", "m"], "NODE goes with neither"),
+        (["export", "FILE", "abcd", "--model", "m"], "NODE is one span"),
         (["export", "FILE", "xyz"], "no node ID"),
         (["export", "FILE", "0" * 64], "no node ID starts"),
         (["export", "FILE", "--model", "nobody"], "knows no model"),

@@ -319,6 +319,16 @@ def test_spans_and_prompts_that_are_too_long():
     hostile([*HEAD, *GOOD, root_frame(ROOT), (b"PATH", bytes((4 << 24) + 4))], "PATH frame of")
 
 
+def test_claims_of_a_record_that_only_a_second_look_refutes():
+    """The node ID, or the checksum, is right; what stands beside it is not."""
+    tokens = [*range(4), 9]
+    node = node_id(PrefixHasher(ROOT.digest, pack_tokens(tokens)).at(4), pack_tokens(tokens)[16:])
+    hostile([*HEAD, *GOOD, *body_of(ROOT, tokens, 4, {"child_hash": bytes(32)}, node)], "belongs to other tokens")
+    blob = payload(ROOT, pack_tokens(tokens), 4, 5).blobs["kv"]
+    longer = {"entries": {"kv": BlobEntry(len(blob) + 1, checksum(node + b"kv", blob))}}
+    hostile([*HEAD, *GOOD, *body_of(ROOT, tokens, 4, longer)], "not that of its record")
+
+
 def test_kinds_of_blobs_that_are_missing():
     for kinds in ("kv",), ("lp",), ():
         blobs = {kind: {"kv": KV, "lp": LP}[kind] for kind in kinds}

@@ -31,6 +31,7 @@ from promptdb.format import (
     BLOBS,
     CHILDREN,
     FORMAT_VERSION,
+    LIFE,
     LOGITS,
     META,
     MODELS,
@@ -277,7 +278,7 @@ def test_newer_format_says_what_to_do(store_path):
     with raw(store_path) as table:
         meta, transaction = table(META)
         transaction.put(STORE_KEY, pack_record(STORE_KEY, {"format_version": 99}), db=meta)
-    with pytest.raises(FormatVersionError, match=r"version 99.*reads up to 1.*upgrade promptdb"):
+    with pytest.raises(FormatVersionError, match=rf"version 99.*reads up to {FORMAT_VERSION}.*upgrade promptdb"):
         PromptDB(store_path)
 
 
@@ -354,7 +355,7 @@ def test_full_disk(tmp_path):
     with mounted("-t", "tmpfs", "-o", "size=4m", "tmpfs", tmp_path):
         ballast = tmp_path / "ballast"
         ballast.write_bytes(bytes(2 << 20))
-        with PromptDB(tmp_path / "store", map_bytes=1 << 26) as db:
+        with PromptDB(tmp_path / "store", map_bytes=1 << 26, policy="ttl") as db:  # which evicts nothing
             stored = fill(db)
             assert 10 < stored < 10_000
             assert db.verify() == []
@@ -381,7 +382,10 @@ def test_full_disk_at_creation(tmp_path):
 
 
 def test_full_store_is_freed_by_removing(tmp_path):
-    with mounted("-t", "tmpfs", "-o", "size=3m", "tmpfs", tmp_path), PromptDB(tmp_path / "store") as db:
+    with (
+        mounted("-t", "tmpfs", "-o", "size=3m", "tmpfs", tmp_path),
+        PromptDB(tmp_path / "store", policy="ttl") as db,
+    ):
         stored = fill(db)
         assert stored > 20
         for victim in range(stored // 2):
@@ -449,7 +453,7 @@ def test_damage_is_noticed_on_reading_and_named_by_verify(sound, table, change, 
         problems = db.verify()
         named = {(problem.table, problem.key) for problem in problems}
         # What is gone cannot be named: what belonged to it is.
-        missed = {NODES: {BLOBS, CHILDREN, LOGITS, ROOTS}, LOGITS: {ROOTS}, MODELS: set()}
+        missed = {NODES: {BLOBS, CHILDREN, LOGITS, ROOTS, LIFE, META}, LOGITS: {ROOTS, LIFE, META}, MODELS: set()}
         if change is gone and table in missed:
             assert {name for name, _ in named} == missed[table]
         else:

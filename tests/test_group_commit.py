@@ -44,9 +44,10 @@ def lookup(db, tokens):
 def content(db):
     """Return everything in a store but its settings and the times of its nodes."""
     with db.read() as snapshot:
-        tables = {name: list(snapshot.reader.scan(name)) for name in TABLES if name not in (NODES, "meta")}
+        timed = (NODES, "meta", "life", "queue")
+        tables = {name: list(snapshot.reader.scan(name)) for name in TABLES if name not in timed}
         found = {name: [(key, bytes(value)) for key, value in items] for name, items in tables.items()}
-    return found, [(node, {**vars(record), "created_unix_s": 0.0}) for node, record in db.nodes()]
+    return found, db.usage(), [(node, {**vars(record), "created_unix_s": 0.0}) for node, record in db.nodes()]
 
 
 @pytest.fixture

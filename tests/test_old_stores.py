@@ -18,7 +18,10 @@ from promptdb.testing import encode_tokens
 DATA = Path(__file__).parent / "data"
 SCRIPT = Path(__file__).parents[1] / "scripts" / "make_old_store.py"
 # A digest of all keys and values: nobody may change what stands for the stores that users have.
-VERSIONS = {1: "a5d285395f13e0fffcf9e8170aeb19e002d6eb7bbe812f7f42759d55a4dda799"}
+VERSIONS = {
+    1: "a5d285395f13e0fffcf9e8170aeb19e002d6eb7bbe812f7f42759d55a4dda799",
+    2: "eecebfe2e5ba512d15431383353dd3500e25380823b998a096d9328788bb5451",
+}
 
 ROOT = Root("a1" * 32, "b2" * 32)
 TENANT = Root("a1" * 32, "b2" * 32, "tenant", "c3" * 32)
@@ -156,8 +159,10 @@ def test_registry(old):
         assert db.registry.checkpoint(bytes(range(32))) == {"weights_id": "a1" * 32}
 
 
-def test_it_is_written_on(old):
+def test_it_is_written_on(old, version):
     with PromptDB(old) as db:
+        with db.read() as snapshot:  # opening changes nothing
+            assert unpack_record(STORE_KEY, snapshot.reader.get(META, STORE_KEY))["format_version"] == version
         longer = [*PROMPT, 5, 6]
         packed = pack_tokens(longer)
         assert db.put(ROOT, packed, 40, encode_tokens(packed, (), 16)).num_tokens == 2
@@ -165,3 +170,60 @@ def test_it_is_written_on(old):
         assert db.remove(lookup(db, PROMPT).steps[1].node) == 5
         assert lookup(db, longer).num_tokens == 5
         assert db.verify() == []
+        with db.read() as snapshot:
+            assert unpack_record(STORE_KEY, snapshot.reader.get(META, STORE_KEY))["format_version"] == FORMAT_VERSION
+
+
+def test_looking_up_does_not_change_the_version(old, version):
+    with PromptDB(old) as db:
+        assert lookup(db, PROMPT).is_complete
+        assert ("charged_bytes" in db.stat()) == (version > 1)
+    with PromptDB(old, readonly=True) as db, db.read() as snapshot:
+        assert unpack_record(STORE_KEY, snapshot.reader.get(META, STORE_KEY))["format_version"] == version
+
+
+def test_limits_work(old, version):
+    """What an older version did not know of a store is found out once, and then holds."""
+    with PromptDB(old) as db:
+        db.pin(ROOT, BRANCH)
+        db.set_ttl(60.0, namespace="other")
+        charged = db.stat()["charged_bytes"]
+        assert db.verify() == []
+        db.set_quota(charged - 1)
+        assert db.stat()["charged_bytes"] < charged
+        assert lookup(db, BRANCH).num_tokens == len(BRANCH)
+        assert db.stat()["num_nodes"] < 6
+        assert db.gc(0).num_evicted > 0
+        assert db.stat()["num_nodes"] == 3  # those that are pinned
+        assert db.verify() == []
+    with PromptDB(old) as db:
+        assert db.limits().quota_bytes == charged - 1
+        assert db.verify() == []
+
+
+def test_what_version_2_added(tmp_path):
+    old = Path(shutil.copytree(DATA / "store-v2", tmp_path / "store"))
+    with PromptDB(old, readonly=True) as db:
+        assert (db.limits().quota_bytes, db.limits().policy) == (1 << 20, "lru")
+        assert db.ttls() == {"tenant": 3.0e9}
+        (pin,) = db.pins()
+        assert (pin.name, pin.num_tokens, pin.expires_unix_s) == ("branch", 13, 4.7e9)
+        (tag,) = db.tags()
+        assert (tag.name, tag.num_tokens, tag.expires_unix_s) == ("é", 40, math.inf)
+        assert len(db.tagged("é")) == 4
+        assert db.stat()["charged_bytes"] == 6 * 256 + sum_of_items(db)
+    with PromptDB(old, clock=lambda: 4.8e9) as db:
+        assert lookup(db, BRANCH, TENANT).num_tokens == 0
+        assert lookup(db, BRANCH).num_tokens == 13
+        assert (db.pins(), db.gc().num_expired) == ([], 1)
+
+
+def sum_of_items(db):
+    """All that FORMAT.md charges, as it says: keys and values, and whole pages of what is large."""
+    total = 0
+    with db.read() as snapshot:
+        for table in ("nodes", "children", "blobs", "logits"):
+            for key, value in snapshot.reader.scan(table):
+                size = len(value)
+                total += len(key) + (size if len(key) + size <= 2030 else (size + 16 + 4095) // 4096 * 4096)
+    return total
