@@ -1,8 +1,8 @@
-"""Prompts that share prefixes, as one batch, against running each of them: every figure with its alternative beside it.
+"""Prompts that share prefixes, as one batch, against running each of them: every figure beside its alternative.
 
-Run: ``python benchmarks/batches.py [--dir DIR] [--size gpt2] [--runs N] [--device cuda --dtype bfloat16]``. The prompts
-are a grid: 16 choices of 6 tokens, each with 4 endings of 6, after a context of 400 tokens. DIR should be on the disk
-that a store would be on. Results are checked against plain forward passes.
+Run: ``python benchmarks/batches.py [--dir D] [--size gpt2] [--runs N] [--rounds N] [--device cuda --dtype bfloat16]``.
+The prompts are a grid: 16 choices of 6 tokens, each with 4 endings of 6, after a context of 400 tokens. D should be
+on the disk that a store would be on. Results are checked against plain forward passes.
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ def main() -> None:
     parser.add_argument("--dir", type=Path, default=None)
     parser.add_argument("--size", default="gpt2")
     parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=3, help="in each run, of all but transformers' batches")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
     options = parser.parse_args()
@@ -55,13 +56,14 @@ def main() -> None:
     for _ in range(options.runs):
         directory = Path(tempfile.mkdtemp(dir=options.dir or Path.cwd(), prefix=".bench-"))
         try:
-            for name, seconds in run(directory, model).items():
-                samples.setdefault(name, []).append(seconds)
+            for name, seconds in run(directory, model, options.rounds).items():
+                samples.setdefault(name, []).extend(seconds)
         finally:
             shutil.rmtree(directory)
     name = "batches" if options.device == "cpu" else f"batches-{options.device}"
     device = torch.cuda.get_device_name() if options.device.startswith("cuda") else ""
-    report(name, rows(samples), size=options.size, dtype=options.dtype, runs=options.runs, device=device)
+    counts = {"runs": options.runs, "rounds": options.rounds}
+    report(name, rows(samples), size=options.size, dtype=options.dtype, **counts, device=device)
 
 
 def timed(work: Callable[[], Any]) -> tuple[float, Any]:
@@ -74,11 +76,12 @@ def timed(work: Callable[[], Any]) -> tuple[float, Any]:
 
 
 @torch.no_grad()
-def run(directory: Path, model: Any) -> dict[str, float]:
+def run(directory: Path, model: Any, rounds: int) -> dict[str, list[float]]:
+    """Return the seconds of each thing, in rounds in which all but the slowest take turns."""
     context, choices, endings = grid()
     prompts = [context + choice + ending for choice in choices for ending in endings]
     device = model.device
-    found = {}
+    found: dict[str, list[float]] = {}
     flat = torch.tensor([[*context, *chain(*choices), *chain(*endings * CHOICES)]], device=device)
     assert flat.shape[1] == CONTEXT + CHOICES * PIECE + CHOICES * ENDINGS * PIECE
 
@@ -98,27 +101,31 @@ def run(directory: Path, model: Any) -> dict[str, float]:
         return extensions(model, context, choices, endings)
 
     plain()  # warm
-    found["plain"] = median([timed(plain)[0] for _ in range(3)])
-    with PromptDB(directory / "store.promptdb") as db:
-        with Engine(db, model, byte_tokenizer()) as engine:
+    for number in range(rounds):
+        seconds = {"plain": timed(plain)[0]}
+        store = directory / f"store-{number}"
+        with PromptDB(store) as db:
+            with Engine(db, model, byte_tokenizer()) as engine:
 
-            def first() -> list[Any]:
-                results = list(engine.run(prompts))
-                engine.flush()
-                return results
+                def first(engine: Engine = engine) -> list[Any]:
+                    results = list(engine.run(prompts))
+                    engine.flush()
+                    return results
 
-            found["first"], results = timed(first)
-            assert sum(each.tokens_computed for each in results) == flat.shape[1]
-        with Engine(db, model, byte_tokenizer()) as engine:
-            times = [timed(lambda: list(engine.run(prompts))) for _ in range(5)]
-            found["second"] = median([seconds for seconds, _ in times])
-            assert all(each.tokens_computed == 0 for each in times[0][1])
-    found["plain"] = median([found["plain"], *(timed(plain)[0] for _ in range(2))])
-    found["batches"], expected = timed(batches)
-    found["seed"], from_seed = timed(seed)
+                seconds["first"], results = timed(first)
+                assert sum(each.tokens_computed for each in results) == flat.shape[1]
+            with Engine(db, model, byte_tokenizer()) as engine:
+                seconds["second"], again = timed(lambda engine=engine: list(engine.run(prompts)))
+                assert all(each.tokens_computed == 0 for each in again)
+        shutil.rmtree(store)
+        seconds["seed"], from_seed = timed(seed)
+        for name, value in seconds.items():
+            found.setdefault(name, []).append(value)
+    took, expected = timed(batches)
+    found["batches"] = [took] * rounds
     exact = model.dtype == torch.float32
-    for ours, again, (logits, logprobs), row in zip(results, times[0][1], expected, from_seed, strict=True):
-        torch.testing.assert_close(ours.logits.cpu(), again.logits.cpu(), rtol=0, atol=0)
+    for ours, second, (logits, logprobs), row in zip(results, again, expected, from_seed, strict=True):
+        torch.testing.assert_close(ours.logits.cpu(), second.logits.cpu(), rtol=0, atol=0)
         if exact:
             torch.testing.assert_close(ours.logits, logits, rtol=0, atol=1e-3)
             torch.testing.assert_close(ours.token_logprobs, logprobs, rtol=0, atol=1e-3)

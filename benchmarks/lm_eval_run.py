@@ -35,7 +35,6 @@ from promptdb.demo_text import corpus
 from promptdb.lm_eval import PromptDBLM
 
 SHOTS, CHOICES = 5, 4
-BATCH_SIZES = (1, 2, 4, 8, 16, 32)
 SAMPLERS = {"first_n": "the same for all questions", "default": "drawn for each question"}
 
 
@@ -47,6 +46,9 @@ def main() -> None:
     parser.add_argument("--words", type=int, default=30, help="of a question; a choice has a quarter")
     parser.add_argument("--runs", type=int, default=3, help="whole runs; medians of their figures are reported")
     parser.add_argument("--examples", choices=list(SAMPLERS), nargs="+", default=list(SAMPLERS))
+    parser.add_argument(
+        "--batch-sizes", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32], help="among which hf's best is found"
+    )
     options = parser.parse_args()
     # lm_eval lists all installed packages for its report: seconds that say nothing of models.
     lm_eval.evaluator.add_env_info = lambda results: None
@@ -57,7 +59,7 @@ def main() -> None:
         write_tasks(directory, options.questions, options.words)
         rows = []
         for sampler in options.examples:
-            rows += measure(directory, checkpoint, sampler, options.runs)
+            rows += measure(directory, checkpoint, sampler, options.runs, options.batch_sizes)
     finally:
         shutil.rmtree(directory)
     sizes = {"shots": SHOTS, "words": options.words, "questions": options.questions, "choices": CHOICES}
@@ -112,9 +114,9 @@ def evaluate(lm: Any, directory: Path, sampler: str, limit: int | None = None) -
     return time.perf_counter() - began, results
 
 
-def measure(directory: Path, checkpoint: str, sampler: str, runs: int) -> list[Row]:
+def measure(directory: Path, checkpoint: str, sampler: str, runs: int, batch_sizes: list[int]) -> list[Row]:
     hf = HFLM(checkpoint, device="cpu")
-    hf.batch_size_per_gpu = best_batch_size(hf, directory, sampler)
+    hf.batch_size_per_gpu = best_batch_size(hf, directory, sampler, batch_sizes)
     times: dict[str, list[float]] = {"hf": [], "first": [], "again": []}
     for run in range(runs):
         with counted(hf.model) as forwarded:
@@ -153,10 +155,10 @@ def measure(directory: Path, checkpoint: str, sampler: str, runs: int) -> list[R
     ]
 
 
-def best_batch_size(hf: HFLM, directory: Path, sampler: str) -> int:
+def best_batch_size(hf: HFLM, directory: Path, sampler: str, sizes: list[int]) -> int:
     """Return the batch size at which a few questions take the least time."""
     seconds = {}
-    for size in BATCH_SIZES:
+    for size in sizes:
         hf.batch_size_per_gpu = size
         seconds[size] = evaluate(hf, directory, sampler, limit=8)[0]  # 32 requests: one batch of the largest
     print(f"hf, 8 questions: {', '.join(f'{taken:.2f} s at batch size {size}' for size, taken in seconds.items())}")

@@ -11,6 +11,8 @@ from promptdb.archive import BrokenArchiveError, check_archive
 from promptdb.backup import backup as back_up
 from promptdb.backup import check_store
 from promptdb.db import PromptDB
+from promptdb.migrate import migrate as migrate_store
+from promptdb.opening import default_path
 
 from .archive import PIPE, file_size, opened, progress_bar
 from .options import store_options
@@ -42,6 +44,35 @@ def backup(directory: str, compact: bool, verify: bool, path: str | None, as_jso
     else:
         what = f": {count(report.num_spans, 'span')}, everything holds" if verify else ", not verified"
         print_line(f"{directory}: {size(report.num_bytes)} copied{what}.")
+
+
+@click.command(short_help="Bring a store of an older format up to date.")
+@click.option("--keep", is_flag=True, help="Keep the old file beside the new one.")
+@store_options
+def migrate(path: str | None, as_json: bool, keep: bool) -> None:
+    """Bring a store of an older format up to date.
+
+    Older stores can be read, and are not written to. The new file is made beside the old one, checked whole, and then
+    takes its place at once; interrupted, the store is as it was. Nobody else may have it open.
+
+    \b
+    Example:
+      promptdb migrate --db old.promptdb --keep
+    """
+    directory = default_path() if path is None else Path(path)
+    report = migrate_store(directory, keep=keep)
+    if as_json:
+        print_json({**asdict(report), "kept": None if report.kept is None else str(report.kept)})
+    elif report.from_version == report.to_version:
+        print_line(f"{directory} is of format version {report.to_version}: nothing to do.")
+    else:
+        print_line(
+            f"{directory}: format version {report.from_version} before, {report.to_version} now; everything holds."
+        )
+        if report.num_removed:
+            print_line(f"{count(report.num_removed, 'damaged span')} left out.")
+        if report.kept is not None:
+            print_line(f"The old file is {report.kept}.")
 
 
 @click.command(short_help="Check a store or an exported file of others before it is used.")

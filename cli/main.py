@@ -41,11 +41,14 @@ COMMANDS = {
     "pin": ("lifecycle", "Protect prompts from eviction and expiry for a time."),
     "unpin": ("lifecycle", "Take pins off."),
     "pins": ("lifecycle", "List pins and tags."),
+    "doctor": ("health", "Look for what may go wrong with the store."),
+    "metrics": ("health", "Print the store's numbers for Prometheus."),
     "verify": ("verify", "Check every record, blob and index entry of the store."),
     "export": ("archive", "Write spans to a file that another store can import."),
     "import": ("archive", "Store what an exported file holds."),
     "backup": ("copies", "Copy the whole store while others use it."),
     "check": ("copies", "Check a store or an exported file of others before it is used."),
+    "migrate": ("copies", "Bring a store of an older format up to date."),
     "demo-model": ("demo_model", "Write a small language model and its tokenizer to DIR."),
 }
 

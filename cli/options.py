@@ -16,7 +16,11 @@ DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 
 def store_options(command: Command) -> Command:
     """Add ``--db`` (as ``path``) and ``--json`` (as ``as_json``)."""
-    command = click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")(command)
+    return db_option(click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")(command))
+
+
+def db_option(command: Command) -> Command:
+    """Add ``--db`` (as ``path``)."""
     return click.option(
         "--db",
         "path",

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import asdict
 from typing import Any
 
 import click
 
 from promptdb.db import PromptDB
 from promptdb.format import TOTALS
+from promptdb.served import Served
 
 from .options import store_options
-from .output import age, count, print_fields, print_json, print_line, size, span_of_time
+from .output import age, count, duration, print_fields, print_json, print_line, size, span_of_time
 
 
 @click.command(short_help="Show totals of the store.")
@@ -34,6 +36,7 @@ def stat(path: str | None, as_json: bool) -> None:
             "num_tokenizers": len(db.registry.tokenizers()),
             **db.stat(),
             "policy": db.limits().policy,
+            **_served(db),
         }
     if as_json:
         print_json(found)
@@ -50,8 +53,38 @@ def stat(path: str | None, as_json: bool) -> None:
             "stored": size(found["blob_bytes"]),
             **{name: value for name, value in describe_limits(found).items() if value and value != "none"},
             "file": f"{size(found['file_bytes'])}, of which {size(found['used_bytes'])} used",
+            "disk": f"{size(found['free_bytes'])} free",
+            **_describe_served(found),
         }
     )
+
+
+def _served(db: PromptDB) -> dict[str, Any]:
+    """Return what engines have served, all models together; ``saved_s`` is None where no model's speed is known."""
+    total, saved_s = Served(), 0.0
+    is_known = True
+    for weights_id, served in db.served().items():
+        total.add(served)
+        rate = (db.registry.model(weights_id) or {}).get("compute_tokens_per_s")
+        saved = served.saved_s(rate if isinstance(rate, (int, float)) else None)
+        is_known, saved_s = is_known and saved is not None, saved_s + (saved or 0.0)
+    tokens = total.tokens_loaded + total.tokens_computed
+    share = total.tokens_loaded / tokens if tokens else None
+    return {**asdict(total), "loaded_share": share, "saved_s": saved_s if is_known else None}
+
+
+def _describe_served(found: dict[str, Any]) -> dict[str, str]:
+    if not found["num_prompts"]:
+        return {}
+    saved = "" if found["saved_s"] is None else f", {duration(found['saved_s'])} saved"
+    complete = found["num_complete"] / found["num_prompts"]
+    lines = {
+        "served": f"{count(found['num_prompts'], 'prompt')}, {complete:.0%} of them complete",
+        "loaded": f"{count(found['tokens_loaded'], 'token')}, {found['loaded_share']:.0%} of all{saved}",
+    }
+    if found["num_quarantined"]:
+        lines["damaged"] = f"{count(found['num_quarantined'], 'span')} taken out and computed again: `promptdb verify`"
+    return lines
 
 
 def describe_limits(found: dict[str, Any]) -> dict[str, str]:

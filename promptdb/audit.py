@@ -11,6 +11,7 @@ from promptdb.format import LABELS, LIFE, META, QUEUE, STORE_KEY, NodeRecord, un
 from promptdb.labels import PIN, next_pin_end, unpack_label
 from promptdb.life import LIMITS_KEY, TTL_KEY, USAGE_KEY, Life, Usage, logits_charge, read_limits, read_ttls, read_usage
 from promptdb.rebuild import FIRST_VERSION_WITH_LIFE, record_charge
+from promptdb.served import SERVED_KEY, unpack_served
 from promptdb.tables import Reader
 
 Finding = tuple[str, bytes, str]  # table, key, what
@@ -154,8 +155,10 @@ def unsound_settings(reader: Reader) -> Iterator[tuple[str, bytes]]:
                 read_limits(reader)
             elif key == USAGE_KEY:
                 read_usage(reader)
+            elif key.startswith(SERVED_KEY):
+                unpack_served(key, data)
         except CorruptDataError:
-            if key in (LIMITS_KEY, USAGE_KEY) or key.startswith(TTL_KEY):
+            if key in (LIMITS_KEY, USAGE_KEY) or key.startswith((TTL_KEY, SERVED_KEY)):
                 yield META, key
     for key, data in reader.scan(LABELS):
         try:

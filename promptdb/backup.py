@@ -9,9 +9,8 @@ from pathlib import Path
 
 from promptdb.db import PromptDB
 from promptdb.errors import CorruptDataError, StoreError
-from promptdb.filesystem import refuse_remote
+from promptdb.filesystem import refuse_remote, sync_directory
 from promptdb.format import META
-from promptdb.streams import sync_directory
 from promptdb.verify import Problem
 
 PAGES = "pages"
@@ -103,7 +102,7 @@ def check_store(path: str | os.PathLike[str]) -> tuple[list[Problem], int]:
     NotAStoreError, FormatVersionError, StoreError
         It is no store, or cannot be read.
     """
-    from promptdb.index import check_pages
+    from promptdb.pages import check_pages
 
     directory = Path(path)
     problems = [Problem(PAGES, "", what) for what in check_pages(directory)]

@@ -13,11 +13,12 @@ from promptdb.ambient import plain_torch
 from promptdb.cache import bytes_per_token
 from promptdb.errors import InputTypeError, ModelError, PromptError, UnsupportedModelError
 from promptdb.extender import nothing_found
-from promptdb.forecast import Sizes
+from promptdb.forecast import Forecast, Sizes, forecast
 from promptdb.keys import Root, common_prefix
 from promptdb.passes import Passes, VanishedError
 from promptdb.plan import Limits
 from promptdb.scores import TokenScores
+from promptdb.served import Served
 from promptdb.snapshot import Match
 from promptdb.tokens import Prompt
 from promptdb.tree import Branch, Segment, build
@@ -131,6 +132,17 @@ def run(
         yield from _Window(engine, window, want_logits, store, bounds, on_progress).results()
 
 
+def plan(
+    engine: Engine, prompts: Iterable[Any], *, want_logits: bool = True, limits: BatchLimits | None = None
+) -> Forecast:
+    """Return what :func:`run` would do; see :meth:`Engine.plan`."""
+    window = _Window(engine, [], want_logits, True, limits or BatchLimits.for_device(engine.device), None)
+    way = window.way()
+    sizes = Sizes.of_config(engine.model.config.to_dict(), str(engine.model.dtype).removeprefix("torch."))
+    asked, bounds = _asked(engine, prompts), window.pass_limits(way)
+    return forecast(engine.db, engine.root, asked, sizes=sizes, limits=bounds, way=way, want_logits=want_logits)
+
+
 def _asked(engine: Engine, prompts: Iterable[Any]) -> Iterator[Prompt]:
     """Yield the prompts' tokens; an error says which prompt it is about."""
     for number, prompt in enumerate(prompts, 1):
@@ -176,6 +188,17 @@ def _windows(prompts: Iterable[Prompt], limits: BatchLimits, row_bytes: int) -> 
         yield window
 
 
+def _served(results: Sequence[Result]) -> Served:
+    return Served(
+        num_prompts=len(results),
+        num_complete=sum(not each.tokens_computed for each in results),
+        tokens_loaded=sum(each.tokens_loaded for each in results),
+        tokens_computed=sum(each.tokens_computed for each in results),
+        load_s=sum(each.lookup_s for each in results),
+        compute_s=sum(each.compute_s for each in results),
+    )
+
+
 class _Window:
     def __init__(
         self,
@@ -206,7 +229,9 @@ class _Window:
                 self._extender.storer.queue.flush()
                 healed = self._extender.loader.num_healed
                 try:
-                    return self._attempt(root, blindly=attempts == _ATTEMPTS - 1)
+                    results = self._attempt(root, blindly=attempts == _ATTEMPTS - 1)
+                    engine.db.count_served(root.weights_id, _served(results))
+                    return results
                 except VanishedError:
                     # What was damaged is a miss from now on: there may be more of it.
                     attempts += self._extender.loader.num_healed == healed
@@ -250,7 +275,7 @@ class _Window:
         )
         computing = perf_counter()
         way = self.way()
-        passes_limits = self._pass_limits(way)
+        passes_limits = self.pass_limits(way)
         for tokens in passes.run_levels(passes_limits) if way == "batched" else passes.run(passes_limits):
             self._report(Progress(0, tokens))
         compute_s = perf_counter() - computing
@@ -292,7 +317,8 @@ class _Window:
             )
         return asked
 
-    def _pass_limits(self, way: str) -> Limits:
+    def pass_limits(self, way: str) -> Limits:
+        """Return what a pass may take."""
         runner, layout = self._extender.runner, self._extender.layout
         config = runner.model.config.to_dict()
         told = Sizes.of_config(config, str(runner.model.dtype).removeprefix("torch.")).kv_bytes_per_token

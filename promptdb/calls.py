@@ -6,7 +6,6 @@ answer exactly is answered from it; any other reaches the model as it is.
 
 from __future__ import annotations
 
-import logging
 import os
 import threading
 from collections import Counter
@@ -30,6 +29,7 @@ from promptdb.errors import (
     PromptError,
     UnsupportedModelError,
 )
+from promptdb.events import note
 from promptdb.refusals import Interception
 
 if TYPE_CHECKING:
@@ -37,7 +37,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Cached", "cached"]
 
-logger = logging.getLogger("promptdb")
 
 # What the engine says of a model or prompt that it cannot use exactly. A store that fails is not among them.
 _REFUSALS = (PromptError, ModelError, IdentityError, NonFiniteError, InputTypeError)
@@ -108,7 +107,7 @@ class Cached:
             output_class = self._output_class or self._ask_output_class(asked.rows[0][0])
             logits, caches, loaded, computed = self._get_rows(asked)
         except _REFUSALS as error:
-            logger.debug("a call goes to the model untouched: %s", error)
+            note("call_untouched", f"a call goes to the model untouched: {error}", reason=type(error).__name__)
             raise UntouchedError(type(error).__name__) from None
         finally:
             self._thread.is_serving = False

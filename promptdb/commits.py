@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from promptdb.errors import InputTypeError, PromptDBError, PromptError, StoreError, StoreFullError
+from promptdb.events import warn
 from promptdb.eviction import evict, keep_quota
 from promptdb.format import BLOBS, LOGITS, NODES, BlobEntry, Layout, NodeRecord, checksum
 from promptdb.keys import TOKEN_BYTES, PrefixHasher, Root, node_id, num_tokens
 from promptdb.ledger import Ledger, with_ledger
 from promptdb.life import NEVER, read_ttl, read_usage
+from promptdb.served import Served, write_served
 from promptdb.snapshot import pack_logits
 from promptdb.tables import Index, Writer
 from promptdb.trie import attach, children, match
-
-logger = logging.getLogger("promptdb")
 
 # Of what is stored, what a full disk makes go at least.
 _SPACE_SHARE = 1 / 16
@@ -169,6 +168,7 @@ def put_all(
     *,
     clock: Callable[[], float] = time.time,
     used: Mapping[bytes, float] | None = None,
+    served: Mapping[str, Served] | None = None,
 ) -> list[PutReport]:
     """Store what is not stored yet in one transaction; see :meth:`promptdb.PromptDB.put_many`.
 
@@ -176,23 +176,29 @@ def put_all(
     ----------
     clock : seconds since 1970.
     used : last use of other prompts, by the last span of each, to be written with it.
+    served : counts by weights ID, to be written with it.
     """
     if not requests:
         return []
     puts = [_Prepared(request) for request in requests]
     try:
-        return _commit(index, puts, clock, used or {})
+        return _commit(index, puts, clock, used or {}, served or {})
     except StoreFullError as error:
         if not _make_space(index, puts, clock, error):
             raise
-        return _commit(index, puts, clock, {})
+        return _commit(index, puts, clock, {}, served or {})
 
 
 def _commit(
-    index: Index, puts: Sequence[_Prepared], clock: Callable[[], float], used: Mapping[bytes, float]
+    index: Index,
+    puts: Sequence[_Prepared],
+    clock: Callable[[], float],
+    used: Mapping[bytes, float],
+    served: Mapping[str, Served],
 ) -> list[PutReport]:
     def work(ledger: Ledger) -> list[PutReport]:
         ledger.touch(used)
+        write_served(ledger.writer, served)
         reports = _put_in_order(ledger, puts)
         keep_quota(ledger)
         return reports
@@ -231,9 +237,14 @@ def _make_space(index: Index, puts: Sequence[_Prepared], clock: Callable[[], flo
             # Also because LMDB uses a page again only in the second transaction after the one that freed it.
             with_ledger(index, clock(), note)
     except PromptDBError as failure:
-        logger.warning("evicting failed on a full disk: %s", failure.message)
+        warn("eviction_failed", f"evicting failed on a full disk: {failure.message}", reason=failure.message)
     if removed:
-        logger.warning("%s; evicted %d spans, trying again", error.message, removed)
+        warn(
+            "disk_full",
+            f"{error.message}; evicted {removed} spans, trying again",
+            num_evicted=removed,
+            wanted_bytes=wanted,
+        )
     return removed > 0
 
 

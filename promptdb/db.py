@@ -42,8 +42,9 @@ from promptdb.memory import MemoryIndex
 from promptdb.opening import check_options, default_path, open_index, read_settings
 from promptdb.pins import remove_spans
 from promptdb.registry import Registry
+from promptdb.served import Served, Tally
 from promptdb.snapshot import Match, Snapshot, Verified
-from promptdb.tables import Index, Reader
+from promptdb.tables import Index, Reader, Reading
 from promptdb.trie import descendants
 
 if TYPE_CHECKING:
@@ -67,6 +68,9 @@ class PromptDB(Lifecycle):
     verify_reads : when checksums of blobs are checked: ``"once"`` per blob and process, ``"always"``, or ``"never"``.
         Records are checked at every read.
     map_bytes : initial size of LMDB's memory map; it grows by itself.
+    durability : what a put that has returned survives. ``"power"``: the machine losing power, if its disk keeps what it
+        says it has. ``"recent"``: the same, but the last puts may be lost; no damage. ``"process"``: this process being
+        killed; if the machine fails, the store may be lost. The same for all objects of a process on one path.
     quota_bytes, policy : what the store may be charged in all, and what is evicted first; see :meth:`set_quota`. Set
         when the store is created (no quota, and ``"cost"``, unless given).
     ttl_s : how many seconds prompts live that are put with this handle; by default, as their namespace's setting says.
@@ -101,6 +105,7 @@ class PromptDB(Lifecycle):
         chunk_tokens: int | None = None,
         verify_reads: str = "once",
         map_bytes: int | None = None,
+        durability: str = "power",
         quota_bytes: int | None = None,
         policy: str | None = None,
         ttl_s: float | None = None,
@@ -114,7 +119,7 @@ class PromptDB(Lifecycle):
         check_limits(quota_bytes, policy)
         check_ttl(ttl_s)
         directory = Path(path) if path is not None else default_path()
-        index = open_index(directory, readonly, map_bytes)
+        index = open_index(directory, readonly, map_bytes, durability)
         self._open(directory, index, verify_reads, ttl_s, clock, (chunk_tokens, clock, quota_bytes, policy))
 
     @classmethod
@@ -150,6 +155,7 @@ class PromptDB(Lifecycle):
         self._index = index
         self._clock = clock
         self._accesses = None if index.readonly else AccessLog()
+        self._tally = Tally()
         self._verified = Verified(verify_reads)
         self.registry = Registry(index)
         try:
@@ -337,6 +343,16 @@ class PromptDB(Lifecycle):
             totals["num_logits"] = reader.count(LOGITS)
         return {**totals, **usage, **self._index.stats()}
 
+    def readings(self) -> tuple[int, list[Reading]]:
+        """Return the number of the last transaction, and who may hold snapshots of the store, in all processes."""
+        return self._index.readings()
+
+    def count_served(self, weights_id: str, served: Served) -> None:
+        """Count what a model's engine has served; see :meth:`served`. Written with the next put, by close, or once a
+        minute; a read-only handle forgets it. Thread safe, a microsecond."""
+        if not self.readonly and self._tally.add(weights_id, served, self._clock()):
+            self.flush_accesses()
+
     def verify(self, *, fix: bool = False) -> list[Problem]:
         """Walk the whole store and return what does not hold; see :func:`promptdb.verify.verify`.
 
@@ -421,11 +437,13 @@ class PromptDB(Lifecycle):
         if self.ttl_s is not None:
             requests = [replace(each, ttl_s=self.ttl_s) if each.ttl_s is None else each for each in requests]
         used = self._accesses.take(_USES_PER_PUT) if self._accesses is not None else {}
+        served = self._tally.take()
         try:
-            return put_all(self._index, requests, clock=self._clock, used=used)
+            return put_all(self._index, requests, clock=self._clock, used=used, served=served)
         except BaseException:
             if self._accesses is not None:
                 self._accesses.put_back(used)
+            self._tally.put_back(served)
             raise
 
     def remove(self, node: bytes, *, only: bool = False) -> int:

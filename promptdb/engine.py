@@ -19,11 +19,13 @@ from promptdb.db import PromptDB
 from promptdb.errors import InputTypeError, ModelError, StoreError
 from promptdb.explain import Explanation, explain
 from promptdb.extender import Extender, Fetch, nothing_found
+from promptdb.forecast import Forecast
 from promptdb.keys import Root, unpack_tokens
 from promptdb.registration import register
 from promptdb.representation import Representation
 from promptdb.runner import Runner
 from promptdb.scoring import Classification, Score
+from promptdb.served import Served
 from promptdb.snapshot import Match
 from promptdb.tokenizer_identity import tokenizer_id
 from promptdb.tokens import Encoder, Prompt, as_prompt
@@ -219,12 +221,23 @@ class Engine:
             match = self._extender.match(self.root, asked.packed)
             self._extender.runner.check_mode()
             found = None if keep_all else self._hit(match, asked, began, store=store)
-            if found is not None:
-                return found
-            with self._lock:
-                # Another thread may have computed it while this one waited.
-                known = match if computed == self._num_computed and not match.is_complete else None
-                return self._compute(known, asked, began, keep_all=keep_all, store=store)
+            if found is None:
+                with self._lock:
+                    # Another thread may have computed it while this one waited.
+                    known = match if computed == self._num_computed and not match.is_complete else None
+                    found = self._compute(known, asked, began, keep_all=keep_all, store=store)
+        self.db.count_served(
+            match.root.weights_id,
+            Served(
+                num_prompts=1,
+                num_complete=int(not found.tokens_computed),
+                tokens_loaded=found.tokens_loaded,
+                tokens_computed=found.tokens_computed,
+                load_s=found.lookup_s + found.load_s,
+                compute_s=found.compute_s,
+            ),
+        )
+        return found
 
     def _hit(self, match: Match, asked: Prompt, began: float, *, store: bool) -> Representation | None:
         return self._extender.hit(match, self._fetcher(match.root, asked, store=store), began, store=store)
@@ -346,6 +359,27 @@ class Engine:
         """
         results = batch.run(self, prompts, store=store, limits=limits, on_progress=on_progress)
         return (self._represent(result, store=store) for result in results)
+
+    def plan(self, prompts: Iterable[Any], *, want_logits: bool = True, limits: BatchLimits | None = None) -> Forecast:
+        """Return what :meth:`run` would do for prompts: tokens to compute, passes, bytes, time. Computes nothing.
+
+        Parameters
+        ----------
+        want_logits : as :meth:`run` does; :meth:`score` does without.
+        limits : as for :meth:`run`.
+
+        Raises
+        ------
+        As :meth:`run`, but for what only computing shows.
+
+        Notes
+        -----
+        Plans all prompts at once, where :meth:`run` goes window by window; see :func:`promptdb.forecast.forecast` for
+        what that means, and for the memory that it takes. ``promptdb put --dry-run`` does it without loading a model.
+        """
+        self._check_open()
+        self.flush()
+        return batch.plan(self, prompts, want_logits=want_logits, limits=limits)
 
     def _represent(self, result: Result, *, store: bool) -> Representation:
         assert result.logits is not None

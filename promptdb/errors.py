@@ -5,7 +5,7 @@
     PromptDBError
     ├── StoreError (OSError)              the store cannot be opened, read or written
     │   ├── NotAStoreError                the path holds something else
-    │   ├── FormatVersionError            written by a newer promptdb
+    │   ├── FormatVersionError            written by a newer promptdb, or to be migrated
     │   ├── ReadOnlyStoreError            a write to a store that cannot be written
     │   ├── StoreFullError                no space left on the device
     │   ├── QuotaExceededError            a put that does not fit into the store's quota

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import heapq
-import logging
 from collections.abc import Iterator
 
 from promptdb.errors import CorruptDataError, QuotaExceededError
+from promptdb.events import warn
 from promptdb.format import QUEUE
 from promptdb.ledger import Ledger
 from promptdb.life import QUEUE_NODE_AT, expiry_keys, priority_keys, queue_number
 from promptdb.pins import drop_expired_pins
-
-logger = logging.getLogger("promptdb")
 
 # Room beyond what a put needs, so that not every put has to make some; and the most that one put removes for it.
 FULL_SHARE = 0.95
@@ -152,7 +150,7 @@ class _Queue:
             if life is None or not ledger.remove(node):
                 return False
         except CorruptDataError as error:
-            logger.warning("a span that should be evicted cannot be: %s; `promptdb verify --fix`", error)
+            warn("eviction_failed", f"a span cannot be evicted: {error}; `promptdb verify --fix`", node=node.hex())
             return False
         if is_expired:
             usage.num_expired += 1

@@ -3,7 +3,6 @@ it is."""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from time import perf_counter
@@ -14,6 +13,7 @@ import torch
 from promptdb.cache import PromptCache, bytes_per_token, layout_of
 from promptdb.cost import CostModel
 from promptdb.errors import CorruptDataError, NonFiniteError
+from promptdb.events import warn
 from promptdb.format import Layout
 from promptdb.keys import Root, common_prefix, num_tokens, unpack_tokens
 from promptdb.kv import KvSource
@@ -30,7 +30,6 @@ from promptdb.version import __version__
 if TYPE_CHECKING:
     from promptdb.db import PromptDB
 
-logger = logging.getLogger("promptdb")
 
 Fetch = Callable[[int | None], PromptCache]
 
@@ -113,7 +112,7 @@ class Extender:
                 return [snapshot.match(root, packed) for packed in prompts]
         except CorruptDataError as error:
             # Only the whole store can be put right, which is not a lookup's business.
-            logger.warning("the index is damaged, so nothing is found and nothing stored: %s", error)
+            warn("index_damaged", f"the index is damaged, so nothing is found and nothing stored: {error}")
             return [nothing_found(root, packed) for packed in prompts]
 
     def _strictly(self, match: Match) -> Match:

@@ -1,7 +1,8 @@
-"""Which filesystem a path is on. LMDB's locks and memory map do not hold across a network."""
+"""Which filesystem a path is on: LMDB's locks and map do not hold across a network. And making names durable."""
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -46,3 +47,12 @@ def refuse_remote(path: Path, mount_table: Path = MOUNT_TABLE) -> None:
             f"{path} is on a network filesystem ({kind}), where LMDB loses or corrupts data",
             "put the store on a local disk",
         )
+
+
+def sync_directory(directory: Path) -> None:
+    """Make names that were given in a directory durable."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -5,13 +5,13 @@ All that a transaction changes of ``life``, ``queue`` and the totals is collecte
 
 from __future__ import annotations
 
-import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from promptdb.errors import CorruptDataError
+from promptdb.events import warn
 from promptdb.format import (
     BLOBS,
     CHILDREN,
@@ -32,8 +32,6 @@ from promptdb.rebuild import record_charge, saved_seconds, upgrade
 from promptdb.snapshot import logits_owner
 from promptdb.tables import Index, Writer
 from promptdb.trie import detach
-
-logger = logging.getLogger("promptdb")
 
 Result = TypeVar("Result")
 
@@ -103,7 +101,7 @@ class Ledger:
                 try:
                     life = Life.unpack(node, data)
                 except CorruptDataError as error:
-                    logger.warning("%s", error)
+                    warn("life_damaged", str(error), node=node.hex())
             held = self._held[node] = _Held(life, () if life is None else life.queue_keys(node), is_changed=False)
         return held
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, NamedTuple
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from promptdb.collect import GcReport, collect
 from promptdb.commits import check_packed, check_ttl
 from promptdb.errors import CorruptDataError, InputTypeError, NodeNotFoundError, PromptDBError, StoreError
+from promptdb.events import note
 from promptdb.eviction import evict, keep_quota
 from promptdb.format import LIFE, NODES, NodeRecord
 from promptdb.keys import Root, pack_tokens
@@ -17,6 +17,7 @@ from promptdb.labels import PIN, TAG, Label, check_name, read_labels
 from promptdb.ledger import Ledger, with_ledger
 from promptdb.life import NEVER, POLICIES, Life, Limits, is_alive, read_limits, read_ttls, read_usage, write_ttl
 from promptdb.pins import add_label, remove_labels
+from promptdb.served import Served, Tally, read_served, write_served
 from promptdb.verify import verify
 
 if TYPE_CHECKING:
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from promptdb.snapshot import Snapshot
     from promptdb.tables import Index, Reader
 
-logger = logging.getLogger("promptdb")
 
 DEFAULT_PIN_S = 30 * 86400.0
 """A forgotten pin does not live for ever."""
@@ -60,6 +60,7 @@ class Lifecycle:
     _index: Index
     _clock: Callable[[], float]
     _accesses: AccessLog | None
+    _tally: Tally
 
     if TYPE_CHECKING:
 
@@ -353,16 +354,28 @@ class Lifecycle:
         accesses = self._accesses
         if accesses is None:
             return
-        while used := accesses.take(_FLUSH_USES):
-            try:
-                if self._is_old():
-                    return
-                with_ledger(self._index, self._clock(), lambda ledger, used=used: ledger.touch(used))  # type: ignore[misc]
-            except PromptDBError as error:
-                logger.debug("the times of last use were not written: %s", error)
-                return
+        served = self._tally.take()
+        while (used := accesses.take(_FLUSH_USES)) or served:
 
-    def _is_old(self) -> bool:
-        """Return whether the store is of format version 1: looking things up does not change that."""
+            def write(ledger: Ledger, used: dict[bytes, float] = used, served: dict[str, Served] = served) -> None:
+                ledger.touch(used)
+                write_served(ledger.writer, served)
+
+            try:
+                with_ledger(self._index, self._clock(), write)
+            except PromptDBError as error:
+                self._tally.put_back(served)
+                note("uses_not_written", f"the times of last use were not written: {error}")
+                return
+            served = {}
+
+    def served(self) -> dict[str, Served]:
+        """Return what engines have served from the store, by weights ID: what is written, and what this handle has not
+        written yet."""
+        waiting = self._tally.take()
+        self._tally.put_back(waiting)
         with self._index.read() as reader:
-            return read_usage(reader) is None
+            found = read_served(reader)
+        for weights_id, served in waiting.items():
+            found.setdefault(weights_id, Served()).add(served)
+        return found

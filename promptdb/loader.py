@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from contextlib import suppress
 from time import perf_counter
@@ -13,17 +12,17 @@ import torch
 from promptdb.cache import PromptCache
 from promptdb.cost import CostModel
 from promptdb.errors import CorruptDataError
+from promptdb.events import warn
 from promptdb.format import Layout
 from promptdb.keys import prefix_digests
 from promptdb.kv import ScoreBytes, copy_of, load_cache, load_scores, span_copies, stored_layout
 from promptdb.scores import TokenScores
+from promptdb.served import Served
 from promptdb.snapshot import Match
 from promptdb.staging import copy_to_device
 
 if TYPE_CHECKING:
     from promptdb.db import PromptDB
-
-logger = logging.getLogger("promptdb")
 
 
 class Loader:
@@ -162,10 +161,16 @@ class Loader:
     def _heal(self, match: Match, error: CorruptDataError) -> None:
         """Take what is damaged out of the store, so that it is computed and stored again."""
         what = f"span {error.node[:8].hex()}" if error.node else f"logits after {match.num_tokens} tokens"
-        logger.warning("%s: %s; computed again", what, error.message)
+        warn(
+            "damage",
+            f"{what}: {error.message}; computed again",
+            node=error.node.hex(),
+            weights_id=match.root.weights_id,
+        )
         if self._db.readonly:
             return
         self.num_healed += 1
+        self._db.count_served(match.root.weights_id, Served(num_quarantined=1))
         if error.node:
             with suppress(KeyError):  # somebody else was faster
                 self._db.remove(error.node, only=True)

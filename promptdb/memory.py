@@ -10,7 +10,7 @@ from pathlib import Path
 
 from promptdb.errors import StoreError
 from promptdb.format import TABLES
-from promptdb.tables import Item, Reader, Result, Writer
+from promptdb.tables import Item, Reader, Reading, Result, Writer
 
 
 class _Table:
@@ -84,6 +84,10 @@ class MemoryIndex:
             self._check_open()
             held = sum(len(key) + len(value) for table in self._tables.values() for key, value in table.values.items())
         return {"file_bytes": held, "map_bytes": held}
+
+    def readings(self) -> tuple[int, list[Reading]]:
+        """Return that nobody else can hold a snapshot."""
+        return 0, []
 
     def copy(self, path: Path, *, compact: bool = False) -> None:
         """Refuse: there is no file to copy."""

@@ -41,11 +41,15 @@ def check_options(chunk_tokens: int | None, verify_reads: str, map_bytes: int | 
         raise StoreError(f"map_bytes is {map_bytes}", "choose a number of bytes that can be mapped, or leave it out")
 
 
-def open_index(path: Path, readonly: bool, map_bytes: int | None) -> Index:
+def open_index(path: Path, readonly: bool, map_bytes: int | None, durability: str) -> Index:
     """Open the tables at a path, or say why that cannot be."""
     # Imported here: a store in memory does not need lmdb.
-    from promptdb.index import DATA_FILE, DEFAULT_MAP_BYTES, LOCK_FILE, LmdbIndex
+    from promptdb.environment import DURABILITIES, LOCK_FILE
+    from promptdb.index import DEFAULT_MAP_BYTES, LmdbIndex
+    from promptdb.lmdb_errors import DATA_FILE
 
+    if durability not in DURABILITIES:
+        raise StoreError(f"durability is {durability!r}", f"choose one of {', '.join(DURABILITIES)}")
     try:
         if path.exists() and not path.is_dir():
             raise NotAStoreError(f"{path} is a file", "a store is a directory; choose another path")
@@ -61,7 +65,7 @@ def open_index(path: Path, readonly: bool, map_bytes: int | None) -> Index:
         raise
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         raise StoreError(f"{path} cannot be read: {error}", "check the path and its permissions") from error
-    return LmdbIndex(path, readonly=readonly, map_bytes=map_bytes or DEFAULT_MAP_BYTES)
+    return LmdbIndex(path, readonly=readonly, map_bytes=map_bytes or DEFAULT_MAP_BYTES, durability=durability)
 
 
 def read_settings(
@@ -106,6 +110,11 @@ def read_settings(
         raise FormatVersionError(
             f"{path} has format version {version}; this promptdb {__version__} reads up to {FORMAT_VERSION}",
             "upgrade promptdb",
+        )
+    if version < FORMAT_VERSION and not index.readonly:
+        raise FormatVersionError(
+            f"{path} has format version {version}, which this promptdb {__version__} reads, and does not write",
+            "`promptdb migrate` brings it up to date; to read it as it is, open it with readonly=True",
         )
     if type(chunk) is not int or not 1 <= chunk <= MAX_CHUNK_TOKENS or type(found.get("created_unix_s")) is not float:
         raise CorruptDataError(f"{path} has settings that cannot be", "restore the store from a copy")

@@ -74,15 +74,6 @@ class Presence:
         os.close(self._descriptor)
 
 
-def sync_directory(directory: Path) -> None:
-    """Make names that were given in a directory durable."""
-    descriptor = os.open(directory, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def is_locked(lock_file: Path) -> bool:
     """Return whether LMDB has the environment of a lock file open in another process, by whatever program.
 

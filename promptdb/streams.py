@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from promptdb.errors import PromptDBError, StoreError
+from promptdb.filesystem import sync_directory
 
 File = str | os.PathLike[str] | BinaryIO
 
@@ -116,12 +117,3 @@ def _is_ours(descriptor: int, part: Path) -> bool:
     except FileNotFoundError:
         return False
     return (found.st_dev, found.st_ino) == (named.st_dev, named.st_ino)
-
-
-def sync_directory(directory: Path) -> None:
-    """Make names that were given in a directory durable."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

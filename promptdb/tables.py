@@ -9,12 +9,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 Result = TypeVar("Result")
 
 # A view's bytes are valid until the transaction that returned it ends; whoever keeps them must copy them before.
 Item = tuple[bytes, memoryview]
+
+
+class Reading(NamedTuple):
+    """A slot for snapshots: the process that has it, and the transaction after which its snapshot was taken; -1 if it
+    holds none at this moment."""
+
+    pid: int
+    transaction: int
 
 
 class Reader(Protocol):
@@ -61,6 +69,9 @@ class Index(Protocol):
 
     def stats(self) -> dict[str, int]:
         """Return sizes of the storage engine, in bytes, pages and counts."""
+
+    def readings(self) -> tuple[int, list[Reading]]:
+        """Return the number of the last transaction, and who may hold snapshots, in all processes."""
 
     def copy(self, path: Path, *, compact: bool = False) -> None:
         """Write one consistent state of all tables to a new file, private to the user, and sync it.

@@ -19,7 +19,7 @@ from promptdb import PromptDB
 from promptdb.backup import PAGES, backup, check_store
 from promptdb.errors import CorruptDataError, FormatVersionError, NotAStoreError, StoreError
 from promptdb.format import BLOBS, META, STORE_KEY, pack_record, unpack_record
-from promptdb.index import check_pages
+from promptdb.pages import check_pages
 
 TIMEOUT_S = 120
 

@@ -732,6 +732,7 @@ def test_a_forecast_is_what_an_engine_does(arch, tmp_path):
             before = db.stat()
             asked = [engine.tokenize(prompt) for prompt in prompts]
             plan = forecast(db, engine.root, asked, sizes=sizes, want_logits=want_logits)
+            assert engine.plan(prompts, want_logits=want_logits) == plan
             reports = []
             done = list(run_batch(engine, asked, want_logits=want_logits, on_progress=reports.append))
             passes = [each.tokens_computed for each in reports]

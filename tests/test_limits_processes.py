@@ -12,9 +12,9 @@ import time
 import pytest
 
 from promptdb import PromptDB
+from promptdb.environment import COMPACT_FILE
 from promptdb.errors import CorruptDataError, ReadOnlyStoreError, StoreError
 from promptdb.format import BLOBS, LIFE, META, NODES, STORE_KEY, TABLES, pack_record, unpack_record
-from promptdb.index import COMPACT_FILE
 from promptdb.keys import Root, pack_tokens
 from promptdb.verify import verify
 
@@ -135,29 +135,6 @@ def test_killed_writers_leave_the_quota_exact(store_path):
     assert acknowledged > 200
     with PromptDB(store_path) as db:
         assert db.usage()["num_evicted"] + db.usage()["num_expired"] > 100
-
-
-def test_two_processes_upgrade_an_old_store_at_once(tmp_path):
-    import shutil
-    from pathlib import Path
-
-    old = shutil.copytree(Path(__file__).parent / "data" / "store-v1", tmp_path / "store")
-    script = """
-    with PromptDB(path) as db:
-        wait()
-        put(db, [seed, *range(50)])
-        print(db.usage()["charged_bytes"] > 0)
-    """
-    processes = [start(script, old, seed) for seed in range(3)]
-    for process in processes:
-        ready(process)
-    for process in processes:
-        go(process)
-    assert [finish(process) for process in processes] == ["True\n"] * 3
-    with PromptDB(old) as db:
-        assert db.verify() == []
-        with db.read() as snapshot:
-            assert unpack_record(STORE_KEY, snapshot.reader.get(META, STORE_KEY))["format_version"] == 2
 
 
 def test_views_outlive_eviction(store_path):

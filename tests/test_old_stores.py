@@ -9,10 +9,13 @@ from pathlib import Path
 
 import pytest
 from blake3 import blake3
+from cli_tools import run, run_json
 
 from promptdb import PromptDB
+from promptdb.errors import FormatVersionError, StoreError
 from promptdb.format import FORMAT_VERSION, META, STORE_KEY, TABLES, BlobEntry, Group, unpack_record
 from promptdb.keys import Root, pack_tokens, prefix_digests
+from promptdb.migrate import migrate
 from promptdb.testing import encode_tokens
 
 DATA = Path(__file__).parent / "data"
@@ -77,6 +80,8 @@ def test_the_current_version_writes_the_same(tmp_path):
 
 @pytest.mark.parametrize("readonly", [True, False])
 def test_settings_and_totals(old, version, readonly):
+    if not readonly and version < FORMAT_VERSION:
+        return  # it is not written to
     with PromptDB(old, readonly=readonly, verify_reads="always") as db:
         assert db.verify() == []
         assert (db.chunk_tokens, db.created_unix_s) == (16, 1_700_000_000.0)
@@ -159,10 +164,39 @@ def test_registry(old):
         assert db.registry.checkpoint(bytes(range(32))) == {"weights_id": "a1" * 32}
 
 
-def test_it_is_written_on(old, version):
+def format_version(path):
+    with PromptDB(path, readonly=True) as db, db.read() as snapshot:
+        return unpack_record(STORE_KEY, snapshot.reader.get(META, STORE_KEY))["format_version"]
+
+
+def everything(path):
+    """All keys and values of the tables that every version has, but for the settings."""
+    common = (name for name in TABLES if name not in (META, "life", "queue", "labels"))
+    with PromptDB(path, readonly=True) as db, db.read() as snapshot:
+        return {name: [(key, bytes(value)) for key, value in snapshot.reader.scan(name)] for name in common}
+
+
+def test_an_older_store_is_not_written_to(old, version):
+    if version == FORMAT_VERSION:
+        with PromptDB(old):
+            return
+    with pytest.raises(FormatVersionError, match="promptdb migrate"):
+        PromptDB(old)
+    assert format_version(old) == version
+    assert content_digest(old) == VERSIONS[version]
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_migration(old, version, keep):
+    before = everything(old)
+    report = migrate(old, keep=keep)
+    assert (report.from_version, report.to_version, report.num_removed) == (version, FORMAT_VERSION, 0)
+    assert format_version(old) == FORMAT_VERSION
+    assert everything(old) == before
+    kept = old / f"data.mdb.v{version}"
+    assert kept.exists() == (keep and version < FORMAT_VERSION) == (report.kept is not None)
     with PromptDB(old) as db:
-        with db.read() as snapshot:  # opening changes nothing
-            assert unpack_record(STORE_KEY, snapshot.reader.get(META, STORE_KEY))["format_version"] == version
+        assert db.verify() == []
         longer = [*PROMPT, 5, 6]
         packed = pack_tokens(longer)
         assert db.put(ROOT, packed, 40, encode_tokens(packed, (), 16)).num_tokens == 2
@@ -170,20 +204,103 @@ def test_it_is_written_on(old, version):
         assert db.remove(lookup(db, PROMPT).steps[1].node) == 5
         assert lookup(db, longer).num_tokens == 5
         assert db.verify() == []
-        with db.read() as snapshot:
-            assert unpack_record(STORE_KEY, snapshot.reader.get(META, STORE_KEY))["format_version"] == FORMAT_VERSION
+    assert migrate(old).from_version == FORMAT_VERSION
+    if kept.exists():  # as it was: put it back, and it is the old store
+        kept.replace(old / "data.mdb")
+        (old / "lock.mdb").unlink(missing_ok=True)
+        assert format_version(old) == version
+        assert everything(old) == before
 
 
-def test_looking_up_does_not_change_the_version(old, version):
-    with PromptDB(old) as db:
-        assert lookup(db, PROMPT).is_complete
-        assert ("charged_bytes" in db.stat()) == (version > 1)
+def test_a_migration_that_is_killed_begins_again(tmp_path):
+    """At each step that it takes on the disk: the store is the old one or the new one, and whole."""
+    script = """
+import os, sys
+from pathlib import Path
+from promptdb import environment, index
+from promptdb.migrate import migrate
+step = int(sys.argv[2])
+
+def dying(name, owner, number, before):
+    work = getattr(owner, name)
+    def wrapped(*arguments, **options):
+        if before and step == number:
+            os._exit(9)
+        result = work(*arguments, **options)
+        if not before and step == number:
+            os._exit(9)
+        return result
+    setattr(owner, name, wrapped)
+
+dying("write_copy", environment, 0, False)
+dying("_change_copy", index, 1, False)
+dying("_check_copy", index, 2, False)
+dying("hardlink_to", Path, 3, False)
+dying("replace", Path, 4, False)
+dying("sync_directory", environment, 5, False)
+migrate(sys.argv[1])
+"""
+    whole = everything(shutil.copytree(DATA / "store-v1", tmp_path / "whole"))
+    for step in range(6):
+        old = Path(shutil.copytree(DATA / "store-v1", tmp_path / f"store-{step}"))
+        done = subprocess.run([sys.executable, "-c", script, old, str(step)], timeout=60)
+        assert done.returncode == 9, f"step {step} is not taken"
+        assert format_version(old) == (1 if step < 4 else 2)
+        assert everything(old) == whole
+        migrate(old)
+        assert format_version(old) == 2
+        with PromptDB(old) as db:
+            assert db.verify() == []
+            assert lookup(db, PROMPT).is_complete
+
+
+def test_a_migration_leaves_out_what_is_damaged(tmp_path):
+    old = Path(shutil.copytree(DATA / "store-v1", tmp_path / "store"))
+    data = bytearray((old / "data.mdb").read_bytes())
     with PromptDB(old, readonly=True) as db, db.read() as snapshot:
-        assert unpack_record(STORE_KEY, snapshot.reader.get(META, STORE_KEY))["format_version"] == version
+        _, blob = next(snapshot.reader.scan("blobs"))
+        at = data.index(bytes(blob))
+    data[at + 20] ^= 1
+    (old / "data.mdb").write_bytes(data)
+    report = migrate(old)
+    assert report.num_removed == 1
+    assert report.kept.exists()
+    with PromptDB(old) as db:
+        assert db.verify() == []
+        assert db.stat()["num_nodes"] == 5
+
+
+def test_a_migration_is_refused_while_others_have_the_store_open(tmp_path):
+    old = Path(shutil.copytree(DATA / "store-v1", tmp_path / "store"))
+    script = """
+import sys
+from promptdb import PromptDB
+with PromptDB(sys.argv[1], readonly=True):
+    print("ready", flush=True)
+    input()
+"""
+    process = subprocess.Popen([sys.executable, "-c", script, old], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert process.stdout.readline() == b"ready\n"
+    with pytest.raises(StoreError, match="open in other processes"):
+        migrate(old)
+    process.communicate(b"\n", timeout=60)
+    assert content_digest(old) == VERSIONS[1]
+    migrate(old)
+
+
+def test_the_command_that_migrates(tmp_path):
+    old = Path(shutil.copytree(DATA / "store-v1", tmp_path / "store"))
+    assert "promptdb migrate" in run("limits", "--db", old, "--quota", "1GB", code=2).stderr
+    assert "6 spans" in run("verify", "--db", old).stdout or run_json("stat", "--db", old)["num_nodes"] == 6
+    assert "2 now; everything holds" in run("migrate", "--db", old).stdout
+    assert "nothing to do" in run("migrate", "--db", old).stdout
+    assert run_json("limits", "--db", old, "--quota", "1GB")["quota_bytes"] == 10**9
+    assert "there is no store" in run("migrate", "--db", tmp_path / "none", code=2).stderr
 
 
 def test_limits_work(old, version):
     """What an older version did not know of a store is found out once, and then holds."""
+    migrate(old)
     with PromptDB(old) as db:
         db.pin(ROOT, BRANCH)
         db.set_ttl(60.0, namespace="other")

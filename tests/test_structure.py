@@ -16,13 +16,13 @@ CLI = PACKAGE.parent / "cli"
 
 # A module may import those before it, wherever the import stands. (For type checkers only, it may import any.)
 ORDER = (
-    "version", "errors",
+    "version", "errors", "events",
     "hashing", "code_identity", "refusals", "identity", "tokenizer_identity", "watch", "checkpoint",
     "keys", "tokens", "format", "blobs",
-    "tables", "filesystem", "memory", "presence", "reserve", "index",
-    "life", "labels", "trie", "access", "snapshot", "registry",
+    "tables", "filesystem", "memory", "presence", "reserve", "maplock", "lmdb_errors", "pages", "environment", "index",
+    "life", "labels", "served", "trie", "access", "snapshot", "registry",
     "rebuild", "ledger", "pins", "eviction", "audit", "verify", "commits", "collect", "lifecycle", "opening", "db",
-    "testing",
+    "doctor", "metrics", "migrate", "testing",
     "frames", "streams", "intake", "outgoing", "deposit", "incoming", "archive", "backup",
     "cost", "explain",
     "buffers", "ambient", "cache", "staging", "scores", "kv", "masks", "runner", "probe", "loader", "writer", "storer",
@@ -36,7 +36,7 @@ ORDER = (
 
 # The only module that may import a library, or the only ones.
 OWNERS = {
-    "lmdb": {"index"},
+    "lmdb": {"lmdb_errors", "pages", "environment", "index"},
     "msgpack": {"format"},
     "safetensors": set(),
     "lm_eval": {"lm_eval"},
