@@ -27,6 +27,7 @@ from promptdb.blobs import TensorSpec, build_blob
 from promptdb.db import PromptDB
 from promptdb.format import BLOBS, CHILDREN, NODES, ROOTS, BlobEntry, Group, NodeRecord, checksum, pack_root
 from promptdb.keys import PrefixHasher, Root, child_key, node_id, unpack_tokens
+from promptdb.rebuild import rebuild
 from promptdb.tables import Writer
 
 ROOT = Root("aa" * 32, "bb" * 32)
@@ -123,6 +124,7 @@ def build(db: PromptDB, num_nodes: int) -> list[bytes]:
             for items in batch.values():
                 items.clear()
     db._index.transact(flush)
+    db._index.transact(rebuild)
     return prompts
 
 

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from promptdb.db import PromptDB
+from promptdb.lmdb_errors import DATA_FILE
+from promptdb.opening import default_path
+from promptdb.pages import check_pages_if_alone
 
+from .failure import Failure
 from .known import check_checkpoint
 from .options import store_options
 from .output import count, print_json, print_line, print_table
@@ -50,7 +55,8 @@ def verify(
 ) -> None:
     """Check every record, blob and index entry of the store.
 
-    Reads everything, about as fast as the disk goes. Exit code 0 if all holds, 1 if something did not; with --fix, what
+    Reads everything, about as fast as the disk goes: records, blobs, indexes, and, if nobody has the store open, the
+    pages of the file before it is opened. Exit code 0 if all holds, 1 if something did not; with --fix, what
     did not hold is then gone, and will be computed again when it is asked for.
 
     Checksums tell that nothing changed since it was stored. With --recompute, a sample of spans is computed again as
@@ -66,6 +72,11 @@ def verify(
         raise click.UsageError("--recompute and --model go together.")
     if model is not None:
         check_checkpoint(model)
+    directory = default_path() if path is None else Path(path)
+    pages = check_pages_if_alone(directory) if (directory / DATA_FILE).is_file() else []
+    if pages:
+        # LMDB trusts its pages: to open the file could end this process.
+        raise Failure(f"the pages of {directory} do not hold: {pages[0]}", "restore the store from a copy", exit_code=1)
     with PromptDB(path, readonly=not fix) as db:
         problems = db.verify(fix=fix)
         num_nodes = db.stat()["num_nodes"]
@@ -75,13 +86,20 @@ def verify(
     is_exact = again is None or again.is_exact
     if as_json:
         found = [{"table": problem.table, "key": problem.key, "what": problem.what} for problem in problems]
-        fields = {"is_sound": not problems, "num_nodes": num_nodes, "is_fixed": fix, "problems": found}
+        fields = {
+            "is_sound": not problems,
+            "pages_checked": pages is not None,
+            "num_nodes": num_nodes,
+            "is_fixed": fix,
+            "problems": found,
+        }
         if again is not None:
             fields["recomputed"] = {**asdict(again), "is_exact": is_exact}
         print_json(fields)
         ctx.exit(1 if problems or not is_exact else 0)
     if not problems:
-        print_line(f"{count(num_nodes, 'span')}: everything holds.")
+        open_elsewhere = " The pages were not looked at: others have the store open." if pages is None else ""
+        print_line(f"{count(num_nodes, 'span')}: everything holds.{open_elsewhere}")
     else:
         shown = problems[:_MOST_SHOWN]
         print_table(("table", "key", "problem"), [(each.table, each.key[:16], each.what) for each in shown])

@@ -25,13 +25,12 @@ import lmdb
 from promptdb.errors import CorruptDataError, NotAStoreError, PromptDBError, StoreError
 from promptdb.filesystem import sync_directory
 from promptdb.format import META, STORE_KEY, TABLES
-from promptdb.lmdb_errors import DATA_FILE, translated
+from promptdb.lmdb_errors import DATA_FILE, LOCK_FILE, translated
 from promptdb.maplock import MapLock
 from promptdb.presence import Presence, is_locked
 from promptdb.reserve import Reserve
 
 COMPACT_FILE = "data.mdb.compact"
-LOCK_FILE = "lock.mdb"
 _MAX_READERS = 512
 
 # Room for the tables and a first record; LMDB would refuse to create them in less.

@@ -19,6 +19,7 @@ from promptdb.errors import (
 )
 
 DATA_FILE = "data.mdb"
+LOCK_FILE = "lock.mdb"
 
 _FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _SHORT_WRITE_BYTES = 1 << 16

@@ -44,9 +44,9 @@ def check_options(chunk_tokens: int | None, verify_reads: str, map_bytes: int | 
 def open_index(path: Path, readonly: bool, map_bytes: int | None, durability: str) -> Index:
     """Open the tables at a path, or say why that cannot be."""
     # Imported here: a store in memory does not need lmdb.
-    from promptdb.environment import DURABILITIES, LOCK_FILE
+    from promptdb.environment import DURABILITIES
     from promptdb.index import DEFAULT_MAP_BYTES, LmdbIndex
-    from promptdb.lmdb_errors import DATA_FILE
+    from promptdb.lmdb_errors import DATA_FILE, LOCK_FILE
 
     if durability not in DURABILITIES:
         raise StoreError(f"durability is {durability!r}", f"choose one of {', '.join(DURABILITIES)}")

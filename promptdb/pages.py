@@ -7,7 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from promptdb.errors import NotAStoreError, PromptDBError, StoreError
-from promptdb.lmdb_errors import DATA_FILE, translated
+from promptdb.lmdb_errors import DATA_FILE, LOCK_FILE, translated
+from promptdb.presence import Presence, is_locked
 
 
 def check_pages(path: Path) -> list[str]:
@@ -51,3 +52,23 @@ def check_pages(path: Path) -> list[str]:
         raise translated(error, path) from error
     except Exception as error:  # noqa: BLE001 - a file made to confuse it: trees inside of trees, for example
         return [f"it cannot be read: {error!r}"]
+
+
+def check_pages_if_alone(path: Path) -> list[str] | None:
+    """Check the pages of a store if nobody has it open, and keep others from opening it meanwhile.
+
+    Returns
+    -------
+    list of str or None
+        As :func:`check_pages`; None if somebody has it open.
+    """
+    try:
+        presence = Presence(path)
+    except OSError:
+        return check_pages(path)  # which says why
+    try:
+        if not presence.take() or is_locked(path / LOCK_FILE):
+            return None
+        return check_pages(path)
+    finally:
+        presence.close()

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 
+import endurance
 import pytest
 from cli_tools import run, run_json, write_checkpoint
 from conftest import shared_model, shared_tokenizer
@@ -261,3 +262,23 @@ def test_log_records_have_fields(store_path, caplog):
     assert (record.event, record.node, record.weights_id) == ("damage", node.hex(), weights_id)
     assert record.levelname == "WARNING"
     assert "computed again" in record.getMessage()
+
+
+# Pages
+
+
+def test_verify_looks_at_the_pages_before_it_opens_the_file(tmp_path):
+    endurance.fill(tmp_path / "store", prompts=20)
+    data = tmp_path / "store" / "data.mdb"
+    found = run_json("verify", "--db", tmp_path / "store")
+    assert (found["is_sound"], found["pages_checked"]) == (True, True)
+    with PromptDB(tmp_path / "store"):
+        assert run_json("verify", "--db", tmp_path / "store")["pages_checked"] is False
+        assert "others have the store open" in run("verify", "--db", tmp_path / "store").stdout
+    content = bytearray(data.read_bytes())
+    leaf = endurance.page_kinds(content)["leaf"][0]
+    content[leaf * 4096 + 12 : leaf * 4096 + 16] = b"\xff" * 4  # where its free space begins and ends
+    data.write_bytes(content)
+    result = run("verify", "--db", tmp_path / "store", code=1)
+    assert "the pages of" in result.stderr
+    assert "restore the store" in result.stderr
