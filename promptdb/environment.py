@@ -96,6 +96,11 @@ class Environment:
                 raise translated(error, path) from error
             raise
 
+    def begin_again(self, map_bytes: int) -> None:
+        """Open the file anew, with a map of this size. Nothing of this process may be using it."""
+        self.env.close()
+        self._begin(map_bytes)
+
     def end(self) -> None:
         """Close the file."""
         self.env.close()

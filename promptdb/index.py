@@ -141,7 +141,8 @@ class LmdbIndex:
             size = environment.env.info()["map_size"]
             try:
                 environment.env.set_mapsize(size + min(size, _MAX_GROWTH_BYTES))
-            except lmdb.MemoryError as error:  # no addresses left for a larger map
+            except lmdb.MemoryError as error:  # no addresses left for a larger map, and the old one is gone
+                environment.begin_again(size)
                 raise StoreFullError(
                     f"{environment.path}: the map cannot grow beyond {size} bytes: {error}",
                     "raise the limit of address space (ulimit -v); what the store held is still readable",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 import shutil
 from pathlib import Path
 
@@ -27,9 +28,15 @@ _DENIED_ERRNOS = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 def _is_short_write(text: str, path: Path) -> bool:
-    """Return whether an input/output error is what LMDB makes of a write that found room for its first part only."""
+    """Return whether an input/output error is what LMDB makes of a write that found room for its first part only: on
+    the disk, or below this process's limit on the size of files (``ulimit -f``)."""
+    if os.strerror(errno.EIO) not in text:
+        return False
     try:
-        return os.strerror(errno.EIO) in text and shutil.disk_usage(path).free < _SHORT_WRITE_BYTES
+        size = (path / DATA_FILE).stat().st_size
+        limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+        has_limit = limit != resource.RLIM_INFINITY
+        return shutil.disk_usage(path).free < _SHORT_WRITE_BYTES or (has_limit and size + _SHORT_WRITE_BYTES > limit)
     except OSError:
         return False
 
