@@ -16,7 +16,7 @@ from xxhash import xxh3_128_digest
 from promptdb.errors import CorruptDataError
 from promptdb.keys import DIGEST_BYTES, TOKEN_BYTES, Root, num_tokens
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 # Named tables. Keys and values: FORMAT.md.
 META = "meta"
@@ -34,6 +34,7 @@ LABELS = "labels"
 TABLES = (META, ROOTS, NODES, CHILDREN, BLOBS, LOGITS, MODELS, TOKENIZERS, CHECKPOINTS, LIFE, QUEUE, LABELS)
 
 STORE_KEY = b"store"
+SEAL_KEY = b"seal"  # where an encrypted store keeps what opens it
 KV_BLOB = "kv"
 LOGPROBS_BLOB = "lp"
 

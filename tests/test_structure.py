@@ -18,14 +18,14 @@ CLI = PACKAGE.parent / "cli"
 ORDER = (
     "version", "errors",
     "hashing", "code_identity", "refusals", "identity", "tokenizer_identity", "watch", "checkpoint",
-    "keys", "tokens", "format", "blobs",
+    "keys", "tokens", "format", "blobs", "buffers", "packing",
     "tables", "filesystem", "memory", "presence", "reserve", "index",
-    "life", "labels", "trie", "access", "snapshot", "registry",
+    "life", "userkey", "sealing", "sealed", "labels", "trie", "access", "snapshot", "registry",
     "rebuild", "ledger", "pins", "eviction", "audit", "verify", "commits", "collect", "lifecycle", "opening", "db",
     "testing",
     "frames", "streams", "intake", "outgoing", "deposit", "incoming", "archive", "backup",
     "cost", "explain",
-    "buffers", "ambient", "cache", "staging", "scores", "kv", "masks", "runner", "probe", "loader", "writer", "storer",
+    "ambient", "cache", "staging", "scores", "kv", "masks", "runner", "probe", "loader", "writer", "storer",
     "representation", "loading",
     "generation", "extender", "tree", "plan", "levels", "forecast", "passes", "batch", "scoring", "registration",
     "engine", "recompute", "text",
@@ -36,9 +36,11 @@ ORDER = (
 
 # The only module that may import a library, or the only ones.
 OWNERS = {
+    "cryptography": {"sealing"},
     "lmdb": {"index"},
     "msgpack": {"format"},
     "safetensors": set(),
+    "zstandard": {"packing"},
     "lm_eval": {"lm_eval"},
     "torch": {
         "arguments", "calls",
