@@ -35,7 +35,7 @@ COMMANDS = {
     "rm": ("remove", "Remove spans and all that stands on them."),
     "stat": ("store", "Show totals of the store."),
     "models": ("store", "List known models and tokenizers."),
-    "limits": ("lifecycle", "Show or set the quota, what is evicted first, and how long spans live."),
+    "limits": ("lifecycle", "Show or set the quota, what is evicted first, how long spans live, and compression."),
     "gc": ("lifecycle", "Remove what has expired or cannot be found any more, and evict down to a size."),
     "compact": ("lifecycle", "Give unused space of the file back to the disk."),
     "pin": ("lifecycle", "Protect prompts from eviction and expiry for a time."),
@@ -45,6 +45,7 @@ COMMANDS = {
     "export": ("archive", "Write spans to a file that another store can import."),
     "import": ("archive", "Store what an exported file holds."),
     "backup": ("copies", "Copy the whole store while others use it."),
+    "rotate-key": ("rotate", "Let another key open an encrypted store."),
     "check": ("copies", "Check a store or an exported file of others before it is used."),
     "demo-model": ("demo_model", "Write a small language model and its tokenizer to DIR."),
 }

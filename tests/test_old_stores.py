@@ -1,6 +1,7 @@
 """Stores of every format version ever released stay readable, to the byte."""
 
 import math
+import random
 import shutil
 import struct
 import subprocess
@@ -11,8 +12,19 @@ import pytest
 from blake3 import blake3
 
 from promptdb import PromptDB
-from promptdb.format import FORMAT_VERSION, META, STORE_KEY, TABLES, BlobEntry, Group, unpack_record
+from promptdb.format import (
+    FORMAT_VERSION,
+    LOGITS,
+    META,
+    SEAL_KEY,
+    STORE_KEY,
+    TABLES,
+    BlobEntry,
+    Group,
+    unpack_record,
+)
 from promptdb.keys import Root, pack_tokens, prefix_digests
+from promptdb.packing import is_packed, unpack
 from promptdb.testing import encode_tokens
 
 DATA = Path(__file__).parent / "data"
@@ -21,7 +33,11 @@ SCRIPT = Path(__file__).parents[1] / "scripts" / "make_old_store.py"
 VERSIONS = {
     1: "a5d285395f13e0fffcf9e8170aeb19e002d6eb7bbe812f7f42759d55a4dda799",
     2: "eecebfe2e5ba512d15431383353dd3500e25380823b998a096d9328788bb5451",
+    3: "839b095cb23eb808c18b070c8f6374da05068c3ab54afb8df32882419a564acd",
 }
+# Of version 3 is what is compressed or encrypted; whatever is neither stays of this one.
+PLAIN_VERSION = 2
+KEY = "0123456789abcdef" * 4
 
 ROOT = Root("a1" * 32, "b2" * 32)
 TENANT = Root("a1" * 32, "b2" * 32, "tenant", "c3" * 32)
@@ -36,8 +52,10 @@ def version(request):
 
 
 @pytest.fixture
-def old(version, tmp_path):
+def old(version, tmp_path, monkeypatch):
     """A copy: even reading writes a lock file."""
+    if version == 3:
+        monkeypatch.setenv("PROMPTDB_KEY", KEY)
     return Path(shutil.copytree(DATA / f"store-v{version}", tmp_path / "store"))
 
 
@@ -71,8 +89,29 @@ def test_nothing_was_changed(old, version):
 
 def test_the_current_version_writes_the_same(tmp_path):
     done = subprocess.run([sys.executable, SCRIPT, tmp_path / "new"], check=True, timeout=60, capture_output=True)
+    assert done.stdout.startswith(b"format %d" % PLAIN_VERSION)
+    assert content_digest(tmp_path / "new") == VERSIONS[PLAIN_VERSION]
+
+
+def test_the_current_version_writes_the_same_but_for_random_numbers(tmp_path, monkeypatch):
+    """Of an encrypted store, what is decrypted, but for its key; of a compressed blob, what it holds."""
+    command = [sys.executable, SCRIPT, tmp_path / "new", "--coded"]
+    done = subprocess.run(command, check=True, timeout=60, capture_output=True)
     assert done.stdout.startswith(b"format %d" % FORMAT_VERSION)
-    assert content_digest(tmp_path / "new") == VERSIONS[FORMAT_VERSION]
+    monkeypatch.setenv("PROMPTDB_KEY", KEY)
+    contents = []
+    for path in (tmp_path / "new", Path(shutil.copytree(DATA / "store-v3", tmp_path / "old"))):
+        with PromptDB(path, readonly=True) as db, db.read() as snapshot:
+            content = {(table, key): bytes(value) for table in TABLES for key, value in snapshot.reader.scan(table)}
+        packed = {key for key, value in content.items() if key[0] == LOGITS and is_packed(value[48:])}
+        assert len(packed) == 1
+        for key in packed:
+            content[key] = bytes(unpack(memoryview(content[key])[48:]))
+        for key in ((META, SEAL_KEY), (META, b"usage")):  # the latter has the compressed size
+            del content[key]
+        # Sizes of what is compressed are in the totals and in the entry of its span.
+        contents.append({key: value for key, value in content.items() if key[0] not in ("roots", "life")})
+    assert contents[0] == contents[1]
 
 
 @pytest.mark.parametrize("readonly", [True, False])
@@ -171,7 +210,8 @@ def test_it_is_written_on(old, version):
         assert lookup(db, longer).num_tokens == 5
         assert db.verify() == []
         with db.read() as snapshot:
-            assert unpack_record(STORE_KEY, snapshot.reader.get(META, STORE_KEY))["format_version"] == FORMAT_VERSION
+            found = unpack_record(STORE_KEY, snapshot.reader.get(META, STORE_KEY))["format_version"]
+        assert found == max(version, PLAIN_VERSION)
 
 
 def test_looking_up_does_not_change_the_version(old, version):
@@ -199,6 +239,22 @@ def test_limits_work(old, version):
     with PromptDB(old) as db:
         assert db.limits().quota_bytes == charged - 1
         assert db.verify() == []
+
+
+def test_what_version_3_added(tmp_path, monkeypatch):
+    monkeypatch.setenv("PROMPTDB_KEY", KEY)
+    old = Path(shutil.copytree(DATA / "store-v3", tmp_path / "store"))
+    with PromptDB(old, readonly=True, verify_reads="always") as db, db.read() as snapshot:
+        assert (db.is_encrypted, db.limits().compression) == (True, "zstd")
+        (digest,) = prefix_digests(ROOT.digest, pack_tokens(PROMPT), [20])
+        source = random.Random(3)
+        expected = struct.pack("<20000f", *(source.gauss() for _ in range(20_000)))
+        assert bytes(snapshot.logits(digest).data) == expected
+        assert snapshot.reader.size(LOGITS, digest) < len(expected)
+    content = (old / "data.mdb").read_bytes()
+    assert b"tenant" not in content
+    assert pack_tokens(PROMPT[:5]) not in content
+    assert pack_tokens(PROMPT[:5]) in (DATA / "store-v2" / "data.mdb").read_bytes()
 
 
 def test_what_version_2_added(tmp_path):
