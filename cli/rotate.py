@@ -22,10 +22,11 @@ def rotate_key(new_key_file: str, path: str | None, as_json: bool) -> None:
     not what is stored: whoever has had the old key and a copy of the file can read what was in it then. Others may use
     the store meanwhile.
 
+    A new key is made with: (umask 077; openssl rand -hex 32 > new.key)
+
     \b
     Example:
-      (umask 077; openssl rand -hex 32 > new.key)
-      PROMPTDB_KEY_FILE=old.key promptdb rotate-key new.key
+      promptdb rotate-key new.key
     """
     new_key = read_key_file(new_key_file)
     with PromptDB(path) as db:

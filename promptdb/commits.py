@@ -15,6 +15,7 @@ from promptdb.keys import TOKEN_BYTES, PrefixHasher, Root, node_id, num_tokens
 from promptdb.ledger import Ledger, with_ledger
 from promptdb.life import DEFAULT_COMPRESSION, NEVER, read_limits, read_ttl, read_usage
 from promptdb.packing import pack
+from promptdb.rebuild import FIRST_VERSION_WITH_CODING, require_version
 from promptdb.snapshot import pack_logits
 from promptdb.tables import Index, Writer
 from promptdb.trie import attach, children, match
@@ -255,6 +256,8 @@ def _put_in_order(ledger: Ledger, puts: Sequence[_Prepared]) -> list[PutReport]:
     ttls: dict[str, float | None] = {}
     for number, put in enumerate(puts):
         root, ttl_s = put.request.root, put.request.ttl_s
+        if root.kv_codec:
+            require_version(ledger.writer, FIRST_VERSION_WITH_CODING)
         if ttl_s is None:
             if root.namespace not in ttls:
                 ttls[root.namespace] = read_ttl(ledger.writer, root.namespace)

@@ -252,6 +252,7 @@ class PromptDB(Lifecycle):
         tokenizer: str,
         namespace: str = "",
         intervention: str = "",
+        kv_codec: str = "",
     ) -> Match:
         """Find the longest stored prefix of a prompt. Needs no model, never computes, never writes.
 
@@ -259,7 +260,7 @@ class PromptDB(Lifecycle):
         ----------
         token_ids : the prompt's n token IDs, or its packed tokens.
         model, tokenizer : weights ID and tokenizer ID, hex.
-        namespace, intervention : the rest of the root.
+        namespace, intervention, kv_codec : the rest of the root.
 
         Returns
         -------
@@ -279,7 +280,7 @@ class PromptDB(Lifecycle):
         """
         packed = token_ids if isinstance(token_ids, bytes) else pack_tokens(token_ids)
         check_packed(packed)
-        root = Root(model, tokenizer, namespace, intervention)
+        root = Root(model, tokenizer, namespace, intervention, kv_codec)
         with self._index.read() as reader:
             match = self._snapshot(reader).match(root, packed)
         if self._accesses is not None and self._accesses.has_many:

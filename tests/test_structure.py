@@ -25,7 +25,7 @@ ORDER = (
     "testing",
     "frames", "streams", "intake", "outgoing", "deposit", "incoming", "archive", "backup",
     "cost", "explain",
-    "ambient", "cache", "staging", "scores", "kv", "masks", "runner", "probe", "loader", "writer", "storer",
+    "ambient", "cache", "staging", "scores", "quantise", "kv", "masks", "runner", "probe", "loader", "writer", "storer",
     "representation", "loading",
     "generation", "extender", "tree", "plan", "levels", "forecast", "passes", "batch", "scoring", "registration",
     "engine", "recompute", "text",
@@ -44,7 +44,7 @@ OWNERS = {
     "lm_eval": {"lm_eval"},
     "torch": {
         "arguments", "calls",
-        "identity", "watch", "buffers", "ambient", "cache", "staging", "scores", "kv", "masks", "runner", "probe",
+        "identity", "watch", "ambient", "cache", "staging", "scores", "quantise", "kv", "masks", "runner", "probe",
         "loader", "storer", "representation", "loading", "generation", "extender", "passes", "batch", "scoring",
         "engine", "recompute", "text", "demo_models", "demo_training", "demo",
     },
