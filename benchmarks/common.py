@@ -19,7 +19,10 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).resolve().parent / "results"
-PACKAGES = ("promptdb", "lmdb", "blake3", "xxhash", "msgpack", "torch", "transformers", "safetensors", "numpy")
+PACKAGES = (
+    "promptdb", "lmdb", "blake3", "xxhash", "msgpack", "torch", "transformers", "safetensors", "numpy", "zstandard",
+    "cryptography",
+)  # fmt: skip
 
 Row = Mapping[str, Any]
 

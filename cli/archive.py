@@ -62,7 +62,8 @@ def export(
     continues it, and the spans that it stands on. Otherwise everything, or what the options choose. Others may use the
     store meanwhile. Damaged spans are left out.
 
-    FILE is written as FILE.part first, and appears when it is complete. It is not compressed.
+    FILE is written as FILE.part first, and appears when it is complete. It is neither compressed nor encrypted,
+    whatever the store is.
 
     Exit code: 0 if all was written, 1 if something was left out or there was nothing, 2 for errors.
 

@@ -58,11 +58,13 @@ def add_reports(one: PutReport, other: PutReport) -> PutReport:
 
 
 @contextmanager
-def open_engine(db: PromptDB, model: str, dtype: str, device: str | None, namespace: str) -> Iterator[Engine]:
+def open_engine(
+    db: PromptDB, model: str, dtype: str, device: str | None, namespace: str, kv_codec: str | None = None
+) -> Iterator[Engine]:
     """Load a model, saying so on a terminal; leaving the context waits until all is stored."""
     on_terminal = _quieten()
     with _spinner(f"loading {model}") if on_terminal else nullcontext():
-        engine = _load(db, model, dtype, device, namespace)
+        engine = _load(db, model, dtype, device, namespace=namespace, kv_codec=kv_codec or "")
     with engine:
         yield engine
 
@@ -90,7 +92,7 @@ def _quieten() -> bool:
     return on_terminal
 
 
-def _load(db: PromptDB, model: str, dtype: str, device: str | None, namespace: str) -> Engine:
+def _load(db: PromptDB, model: str, dtype: str, device: str | None, **options: str) -> Engine:
     import torch
     from transformers.utils import logging
 
@@ -105,7 +107,7 @@ def _load(db: PromptDB, model: str, dtype: str, device: str | None, namespace: s
         if wanted.type == "cuda" and (wanted.index or 0) >= torch.cuda.device_count():
             found = f"{torch.cuda.device_count()} CUDA devices"
             raise click.BadParameter(f"there is no {device}: torch finds {found}", param_hint="--device")
-    return Engine.from_pretrained(db, model, dtype=dtype, device=device, namespace=namespace)
+    return Engine.from_pretrained(db, model, dtype=dtype, device=device, **options)
 
 
 def _spinner(message: str) -> AbstractContextManager[object]:

@@ -31,6 +31,7 @@ def backup(directory: str, compact: bool, verify: bool, path: str | None, as_jso
     """Copy the whole store while others use it.
 
     DIRECTORY is created, private to you, and is a store itself: open it with --db. It holds the state of one moment.
+    The copy of an encrypted store is encrypted with the same key.
 
     \b
     Examples:
@@ -83,7 +84,7 @@ def check(path: str, as_json: bool) -> None:
 
     PATH is the directory of a store, a file that `promptdb export` wrote, or '-' for such a file on standard input.
     The pages of a store are read without LMDB first, which trusts its files and can crash on one made to crash it.
-    Nobody may write to the store meanwhile, nor between the check and its use.
+    Nobody may write to the store meanwhile, nor between the check and its use. An encrypted one needs its key.
 
     Exit code: 0 if all holds, 1 if something does not, 2 if it is neither a store nor an exported file.
 

@@ -15,19 +15,25 @@ from promptdb.keys import Root, unpack_tokens
 
 from .answer import print_extent
 from .known import KnownModel, UnknownModelError, find_model
-from .options import model_options, prompt_arguments, store_options
-from .output import count, duration, print_json, print_line, print_table
+from .options import kv_codec_option, model_options, prompt_arguments, store_options
+from .output import approximate, count, duration, print_json, print_line, print_table
 from .prompts import Asked, read_prompts
 from .texts import Decoders, quoted, tail, token_texts
 
 WAYS = ("packed", "batched", "single")
 _CONTEXT_WIDTH = 60
-_FIELD_NAMES = {"weights_id": "weights", "tokenizer_id": "tokenizer", "intervention_id": "intervention"}
+_FIELD_NAMES = {
+    "weights_id": "weights",
+    "tokenizer_id": "tokenizer",
+    "intervention_id": "intervention",
+    "kv_codec": "codec of keys and values",
+}
 
 
 @click.command(short_help="Tell why a prompt is stored or not.")
 @prompt_arguments
 @model_options
+@kv_codec_option
 @store_options
 @click.pass_context
 def explain(
@@ -37,6 +43,7 @@ def explain(
     model: str,
     dtype: str,
     namespace: str,
+    kv_codec: str | None,
     path: str | None,
     as_json: bool,
 ) -> None:
@@ -57,7 +64,7 @@ def explain(
     is_complete = True
     with PromptDB(path, readonly=True) as db:
         try:
-            known: KnownModel | UnknownModelError = find_model(db, model, dtype, namespace)
+            known: KnownModel | UnknownModelError = find_model(db, model, dtype, namespace, kv_codec)
         except UnknownModelError as error:
             known = error
         for number, asked in enumerate(prompts):
@@ -92,6 +99,7 @@ def _explain(db: PromptDB, known: KnownModel | UnknownModelError, asked: Asked, 
         "weights_id": known.root.weights_id,
         "tokenizer_id": known.root.tokenizer_id,
         "namespace": namespace,
+        "kv_codec": known.root.kv_codec,
         "num_tokens": found.num_tokens,
         "num_stored": found.num_stored,
         "has_logits": found.has_logits,
@@ -141,6 +149,7 @@ def _explain_unknown(db: PromptDB, error: UnknownModelError, asked: Asked, names
             tokenizer=root.tokenizer_id,
             namespace=namespace,
             intervention=root.intervention_id,
+            kv_codec=root.kv_codec,
         )
         if match.num_tokens:
             identities.append(_identity(db, root, match.num_tokens, ()))
@@ -161,6 +170,7 @@ def _identity(db: PromptDB, root: Root, num_stored: int, differs_in: Sequence[st
         "weights_id": root.weights_id,
         "tokenizer_id": root.tokenizer_id,
         "intervention_id": root.intervention_id,
+        "kv_codec": root.kv_codec,
         "differs_in": list(differs_in),
     }
 
@@ -171,6 +181,8 @@ def _print(found: dict[str, Any]) -> None:
     if found["is_known_model"]:
         print_extent(found["num_stored"], found["num_tokens"])
     print_line(("why        ", "bold"), found["reason"])
+    if found.get("kv_codec"):
+        print_line(("stored     ", "bold"), approximate(found["kv_codec"]))
     if found["is_known_model"]:
         _print_parting(found)
     if found["other_identities"]:
@@ -180,7 +192,7 @@ def _print(found: dict[str, Any]) -> None:
             (
                 f"{each['num_stored']:,}",
                 each["model_name"] or "?",
-                each["weights_id"][:12],
+                each["weights_id"][:12] + (f", {each['kv_codec']}" if each["kv_codec"] else ""),
                 each["tokenizer_id"][:12],
                 ", ".join(_FIELD_NAMES.get(name, name) for name in each["differs_in"]),
             )[: len(columns)]

@@ -17,7 +17,7 @@ from promptdb.tokens import Encoder, Prompt
 from .answer import Wanted, answer, print_answer
 from .failure import Failure
 from .known import check_checkpoint, find_model
-from .options import device_option, model_options, prompt_arguments, store_options
+from .options import device_option, kv_codec_option, model_options, prompt_arguments, store_options
 from .output import print_json
 from .prompts import Asked, read_prompts
 
@@ -37,6 +37,7 @@ class Ready:
 @click.command(short_help="Look up the longest stored prefix of a prompt.")
 @prompt_arguments
 @model_options
+@kv_codec_option
 @device_option
 @store_options
 @click.option("--top", metavar="K", type=click.IntRange(0), default=5, show_default=True, help="How many next tokens.")
@@ -57,6 +58,7 @@ def get(
     dtype: str,
     device: str | None,
     namespace: str,
+    kv_codec: str | None,
     path: str | None,
     as_json: bool,
     top: int,
@@ -79,15 +81,17 @@ def get(
     """
     prompts = read_prompts(texts, files)
     if out is not None:
+        if kv_codec is not None:
+            raise click.UsageError("--out writes exact keys and values: not with --kv-codec")
         if len(prompts) > 1:
             raise click.UsageError("--out writes one prompt; several were given.")
         if not out.parent.is_dir():
             raise Failure(f"there is no directory {out.parent}", "create it, or choose another place for --out")
     wanted = Wanted(top, logprobs, out)
     ready = (
-        _compute(prompts, path, model, dtype, device, namespace)
+        _compute(prompts, path, model, dtype, device, namespace, kv_codec)
         if compute
-        else _find(prompts, path, model, dtype, namespace)
+        else _find(prompts, path, model, dtype, namespace, kv_codec)
     )
     is_complete = True
     with closing(ready):
@@ -107,10 +111,10 @@ def get(
 
 
 def _find(
-    prompts: Sequence[Asked], path: str | None, model: str, dtype: str, namespace: str
+    prompts: Sequence[Asked], path: str | None, model: str, dtype: str, namespace: str, kv_codec: str | None
 ) -> Generator[Ready, None, None]:
     with PromptDB(path, readonly=True) as db:
-        known = find_model(db, model, dtype, namespace)
+        known = find_model(db, model, dtype, namespace, kv_codec)
         for asked in prompts:
             try:
                 prompt = known.tokenize(asked.pieces)
@@ -120,12 +124,18 @@ def _find(
 
 
 def _compute(
-    prompts: Sequence[Asked], path: str | None, model: str, dtype: str, device: str | None, namespace: str
+    prompts: Sequence[Asked],
+    path: str | None,
+    model: str,
+    dtype: str,
+    device: str | None,
+    namespace: str,
+    kv_codec: str | None,
 ) -> Generator[Ready, None, None]:
     from .compute import open_engine  # leads to torch
 
     check_checkpoint(model)
-    with PromptDB(path) as db, open_engine(db, model, dtype, device, namespace) as engine:
+    with PromptDB(path) as db, open_engine(db, model, dtype, device, namespace, kv_codec) as engine:
         for asked in prompts:
             try:
                 prompt = engine.tokenize(asked.pieces)

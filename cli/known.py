@@ -45,7 +45,7 @@ def check_length(prompt: Prompt, model_type: str, max_tokens: int) -> Prompt:
     return prompt
 
 
-def find_model(db: PromptDB, model: str, dtype: str, namespace: str) -> KnownModel:
+def find_model(db: PromptDB, model: str, dtype: str, namespace: str, kv_codec: str | None = None) -> KnownModel:
     """Return the stored model that a checkpoint is, from a digest of its files' names, sizes and times.
 
     Raises
@@ -57,7 +57,7 @@ def find_model(db: PromptDB, model: str, dtype: str, namespace: str) -> KnownMod
     IdentityError
         Its tokenizer runs with transformers only.
     """
-    root = find_root(db, model, dtype, namespace)
+    root = find_root(db, model, dtype, namespace, kv_codec)
     try:
         encoder = Encoder.from_registry(db.registry.tokenizer(root.tokenizer_id))
         fields = db.registry.model(root.weights_id) or {}
@@ -66,7 +66,7 @@ def find_model(db: PromptDB, model: str, dtype: str, namespace: str) -> KnownMod
         raise _garbled(model, error) from error
 
 
-def find_root(db: PromptDB, model: str, dtype: str, namespace: str) -> Root:
+def find_root(db: PromptDB, model: str, dtype: str, namespace: str, kv_codec: str | None = None) -> Root:
     """Return the identity that a checkpoint's prompts are stored under. Otherwise as :func:`find_model`."""
     directory = resolve(model)
     known = db.registry.checkpoint(checkpoint_key(directory, dtype))
@@ -74,7 +74,7 @@ def find_root(db: PromptDB, model: str, dtype: str, namespace: str) -> Root:
         check_files(directory)
         raise _unknown(db, model, directory, dtype)
     try:
-        return Root(known["weights_id"], known["tokenizer_id"], namespace)
+        return Root(known["weights_id"], known["tokenizer_id"], namespace, kv_codec=kv_codec or "")
     except (KeyError, TypeError) as error:
         raise _garbled(model, error) from error
 

@@ -13,7 +13,7 @@ import click
 from promptdb.db import PromptDB
 from promptdb.keys import Root
 from promptdb.labels import PIN, TAG, Label
-from promptdb.life import POLICIES
+from promptdb.life import COMPRESSIONS, POLICIES
 
 from .failure import Failure
 from .known import find_model
@@ -27,7 +27,7 @@ from .texts import Decoders, head
 _TEXT_WIDTH = 50
 
 
-@click.command(short_help="Show or set the quota, what is evicted first, and how long spans live.")
+@click.command(short_help="Show or set the quota, what is evicted first, how long spans live, and compression.")
 @store_options
 @click.option("--quota", metavar="SIZE", callback=size_option, help="Most that the store may hold: 20GB; or none.")
 @click.option(
@@ -38,25 +38,40 @@ _TEXT_WIDTH = 50
 )
 @click.option("--ttl", metavar="TIME", callback=duration_option, help="How long spans live from now on: 7d; or none.")
 @click.option("--namespace", default="", metavar="NAME", help="The namespace that --ttl is for.")
+@click.option(
+    "--compression",
+    type=click.Choice(COMPRESSIONS),
+    help="How tensors are stored from now on: with zstd, losslessly smaller where that saves enough.",
+)
 def limits(
-    path: str | None, as_json: bool, quota: int | None, policy: str | None, ttl: float | None, namespace: str
+    path: str | None,
+    as_json: bool,
+    quota: int | None,
+    policy: str | None,
+    ttl: float | None,
+    namespace: str,
+    compression: str | None,
 ) -> None:
-    """Show or set the quota, what is evicted first, and how long spans live.
+    """Show or set the quota, what is evicted first, how long spans live, and compression.
 
     All processes that use the store obey at once. What is over a new quota is evicted now: spans on which nothing
-    stands, first those that have expired. --ttl is for what is stored from now on in a namespace.
+    stands, first those that have expired. --ttl is for what is stored from now on in a namespace, --compression for
+    all that is stored from now on; older versions of promptdb cannot open the store after --compression zstd.
 
     \b
     Examples:
       promptdb limits
       promptdb limits --quota 20GB --policy lru
       promptdb limits --ttl 7d --namespace experiments
+      promptdb limits --compression zstd
       promptdb limits --quota none
     """
-    is_set = quota is not None or policy is not None or ttl is not None
+    is_set = any(option is not None for option in (quota, policy, ttl, compression))
     with PromptDB(path, readonly=not is_set) as db:
         if quota is not None or policy is not None:
             db.set_quota(quota, policy=policy)
+        if compression is not None:
+            db.set_compression(compression)
         if ttl is not None:
             db.set_ttl(None if math.isinf(ttl) else ttl, namespace=namespace)
         found: dict[str, Any] = {**asdict(db.limits()), **db.usage(), "ttl_s": db.ttls()}

@@ -19,7 +19,7 @@ from promptdb.trie import children
 from .failure import Failure
 from .known import find_weights
 from .options import store_options
-from .output import age, count, duration, print_fields, print_json, print_line, print_table, size
+from .output import age, approximate, count, duration, print_fields, print_json, print_line, print_table, size
 from .texts import Decoders, head, quoted
 
 SHORT_ID = 12
@@ -84,7 +84,7 @@ def ls(path: str | None, as_json: bool, model: str | None, tag: str | None, limi
     rows = [
         (
             span["node"][:SHORT_ID],
-            span["weights_id"][:8],
+            span["weights_id"][:8] + (f" ≈{span['kv_codec']}" if span["kv_codec"] else ""),
             f"{span['start']:,}",
             f"{span['num_tokens']:,}",
             size(span["size_bytes"]),
@@ -105,6 +105,7 @@ def _summary(node: bytes, record: NodeRecord, decoders: Decoders) -> dict[str, A
         "tokenizer_id": record.root.tokenizer_id,
         "namespace": record.root.namespace,
         "intervention_id": record.root.intervention_id,
+        "kv_codec": record.root.kv_codec,
         "start": record.start,
         "num_tokens": record.num_tokens,
         "size_bytes": record.size_bytes,
@@ -215,6 +216,7 @@ def _print(found: dict[str, Any]) -> None:
         "tokenizer": found["tokenizer_id"],
         "namespace": found["namespace"],
         "intervention": found["intervention_id"],
+        "approximate": approximate(found["kv_codec"]) if found["kv_codec"] else "",
         "positions": f"[{found['start']:,}, {found['end']:,}), {count(found['num_tokens'], 'token')}",
         "stands on": found["parent"] or "the start of the prompt",
         "continued by": ", ".join(child[:SHORT_ID] for child in found["children"]),

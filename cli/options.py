@@ -7,6 +7,8 @@ from typing import Any, TypeVar
 
 import click
 
+from promptdb.keys import KV_CODECS
+
 from .quantities import duration_option
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -50,6 +52,16 @@ def model_options(command: Command) -> Command:
         envvar="PROMPTDB_MODEL",
         show_envvar=True,
         help="Directory of a checkpoint, or its ID on the Hugging Face hub.",
+    )(command)
+
+
+def kv_codec_option(command: Command) -> Command:
+    """Add ``--kv-codec``."""
+    return click.option(
+        "--kv-codec",
+        type=click.Choice([codec for codec in KV_CODECS if codec]),
+        default=None,
+        help="Keys and values in 8 bits: smaller and approximate, and never mixed with exact ones.",
     )(command)
 
 

@@ -152,3 +152,8 @@ def probability(value: float) -> str:
     """Return a probability in percent, with three digits."""
     percent = 100 * value
     return f"{percent:.3g} %" if percent >= 0.01 else f"{percent:.0e} %"
+
+
+def approximate(kv_codec: str) -> str:
+    """Return what a person should know of keys and values that are not stored as they were computed."""
+    return f"keys and values are approximate ({kv_codec})"

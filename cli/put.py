@@ -20,7 +20,7 @@ from .dry_run import print_plan
 from .jobs import Feed, Interrupts, check_prompt, done_before, explaining, interruptible, job_options
 from .known import check_checkpoint
 from .lifetime import apply_lifetime
-from .options import device_option, lifetime_options, model_options, store_options
+from .options import device_option, kv_codec_option, lifetime_options, model_options, store_options
 from .output import count, duration, print_json, print_line, print_table, size
 from .progress import Meter
 from .prompts import Asked, Line, as_asked, count_lines, nothing_in, stream_prompts
@@ -55,6 +55,7 @@ class PutResult:
     "one text."
 )
 @model_options
+@kv_codec_option
 @device_option
 @lifetime_options
 @store_options
@@ -65,6 +66,7 @@ def put(
     dtype: str,
     device: str | None,
     namespace: str,
+    kv_codec: str | None,
     tag: str | None,
     ttl_s: float | None,
     path: str | None,
@@ -94,6 +96,8 @@ def put(
     if tag is not None:
         check_name(tag, may_be_empty=False)
     prompts = stream_prompts(texts, files)
+    if dry_run and kv_codec is not None:
+        raise click.UsageError("--dry-run does not plan for --kv-codec")
     if dry_run:
         print_plan(
             prompts,
@@ -123,7 +127,7 @@ def put(
         check_checkpoint(model)
         began = perf_counter()
         with CountingDB(path, ttl_s) as db:
-            with open_engine(db, model, dtype, device, namespace) as engine:
+            with open_engine(db, model, dtype, device, namespace, kv_codec) as engine:
                 load_s = perf_counter() - began
                 interrupts.hold()
                 with meter, explaining(lambda: done_before(meter.num_done, "prompt", "stored")):

@@ -10,6 +10,7 @@ import click
 
 from promptdb.db import PromptDB
 from promptdb.format import TOTALS
+from promptdb.life import DEFAULT_COMPRESSION
 from promptdb.served import Served
 
 from .options import store_options
@@ -36,6 +37,8 @@ def stat(path: str | None, as_json: bool) -> None:
             "num_tokenizers": len(db.registry.tokenizers()),
             **db.stat(),
             "policy": db.limits().policy,
+            "compression": db.limits().compression,
+            "is_encrypted": db.is_encrypted,
             **_served(db),
         }
     if as_json:
@@ -45,6 +48,7 @@ def stat(path: str | None, as_json: bool) -> None:
         {
             "store": found["path"],
             "format": f"version {found['format_version']}, spans of up to {count(found['chunk_tokens'], 'token')}",
+            **({"encrypted": "yes"} if found["is_encrypted"] else {}),
             "created": f"{age(found['created_unix_s'])} ago",
             "models": f"{found['num_models']:,}, with {count(found['num_tokenizers'], 'tokenizer')}",
             "identities": f"{found['num_roots']:,}",
@@ -103,6 +107,7 @@ def describe_limits(found: dict[str, Any]) -> dict[str, str]:
         "pinned": size(found["pinned_bytes"]) if found.get("pinned_bytes") else "",
         "removed": ", ".join(gone),
         "spans live": ", ".join(ttls),
+        "compression": "" if found["compression"] == DEFAULT_COMPRESSION else found["compression"],
     }
 
 

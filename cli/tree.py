@@ -114,6 +114,7 @@ def _document(root: Root, name: str, totals: dict[str, int], shown: Sequence[Bra
         "tokenizer_id": root.tokenizer_id,
         "namespace": root.namespace,
         "intervention_id": root.intervention_id,
+        "kv_codec": root.kv_codec,
         **totals,
         "is_cut": is_cut,
         "spans": [
@@ -133,7 +134,11 @@ def _document(root: Root, name: str, totals: dict[str, int], shown: Sequence[Bra
 
 def _print(document: dict[str, Any]) -> None:
     labels = [f"weights {document['weights_id'][:8]}", f"tokenizer {document['tokenizer_id'][:8]}"]
-    optional = {"namespace": document["namespace"], "intervention": document["intervention_id"]}
+    optional = {
+        "namespace": document["namespace"],
+        "intervention": document["intervention_id"],
+        "approximate": document["kv_codec"],
+    }
     labels += [f"{name} {value}" for name, value in optional.items() if value]
     totals = (
         count(document["num_nodes"], "span"),

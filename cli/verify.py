@@ -15,8 +15,8 @@ from promptdb.pages import check_pages_if_alone
 
 from .failure import Failure
 from .known import check_checkpoint
-from .options import store_options
-from .output import count, print_json, print_line, print_table
+from .options import kv_codec_option, store_options
+from .output import approximate, count, print_json, print_line, print_table
 
 if TYPE_CHECKING:
     from promptdb.recompute import Recomputed
@@ -39,6 +39,7 @@ _MOST_SHOWN = 50
 @click.option("--dtype", default="auto", show_default=True, help="Of the model, as it was when the spans were stored.")
 @click.option("--device", help="Where to compute.")
 @click.option("--namespace", default="", help="Whose spans.")
+@kv_codec_option
 @click.option("--seed", type=int, help="Choose the same spans again.")
 @click.pass_context
 def verify(
@@ -51,6 +52,7 @@ def verify(
     dtype: str,
     device: str | None,
     namespace: str,
+    kv_codec: str | None,
     seed: int | None,
 ) -> None:
     """Check every record, blob and index entry of the store.
@@ -60,7 +62,8 @@ def verify(
     did not hold is then gone, and will be computed again when it is asked for.
 
     Checksums tell that nothing changed since it was stored. With --recompute, a sample of spans is computed again as
-    well, and the largest difference is shown for each layer: exit code 1 if it is more than rounding.
+    well, and the largest difference is shown for each layer: exit code 1 if it is more than rounding, or, of spans that
+    are stored with --kv-codec, more than that can make.
 
     \b
     Examples:
@@ -82,7 +85,7 @@ def verify(
         num_nodes = db.stat()["num_nodes"]
     again = None
     if sample is not None and model is not None:
-        again = _recompute(path, model, dtype, device, namespace, sample, seed)
+        again = _recompute(path, model, dtype, device, namespace, kv_codec, sample, seed)
     is_exact = again is None or again.is_exact
     if as_json:
         found = [{"table": problem.table, "key": problem.key, "what": problem.what} for problem in problems]
@@ -113,13 +116,20 @@ def verify(
 
 
 def _recompute(
-    path: str | None, model: str, dtype: str, device: str | None, namespace: str, sample: int, seed: int | None
+    path: str | None,
+    model: str,
+    dtype: str,
+    device: str | None,
+    namespace: str,
+    kv_codec: str | None,
+    sample: int,
+    seed: int | None,
 ) -> Recomputed:
     from promptdb.recompute import recompute
 
     from .compute import open_engine
 
-    with PromptDB(path) as db, open_engine(db, model, dtype, device, namespace) as engine:
+    with PromptDB(path) as db, open_engine(db, model, dtype, device, namespace, kv_codec) as engine:
         return recompute(engine, sample, seed=seed)
 
 
@@ -144,7 +154,7 @@ def _print_recomputed(again: Recomputed) -> None:
         f"log-probabilities differ by {again.logprobs:.1e} at most."
     )
     if again.is_exact:
-        print_line("That is rounding.")
+        print_line(f"The {approximate(again.kv_codec)}." if again.kv_codec else "That is rounding.")
     else:
         print_line(
             f"That is more than rounding: span {again.worst_node[:16]} differs by {again.worst:.1e} of its layer's "

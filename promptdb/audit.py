@@ -9,8 +9,8 @@ from typing import NamedTuple
 from promptdb.errors import CorruptDataError
 from promptdb.format import LABELS, LIFE, META, QUEUE, STORE_KEY, NodeRecord, unpack_record
 from promptdb.labels import PIN, next_pin_end, unpack_label
-from promptdb.life import LIMITS_KEY, TTL_KEY, USAGE_KEY, Life, Usage, logits_charge, read_limits, read_ttls, read_usage
-from promptdb.rebuild import FIRST_VERSION_WITH_LIFE, record_charge
+from promptdb.life import LIMITS_KEY, TTL_KEY, USAGE_KEY, Life, Usage, read_limits, read_ttls, read_usage
+from promptdb.rebuild import FIRST_VERSION_WITH_LIFE, logits_charge, record_charge
 from promptdb.served import SERVED_KEY, unpack_served
 from promptdb.tables import Reader
 
@@ -38,11 +38,11 @@ class Audit:
     def node(self, node: bytes, record: NodeRecord, record_bytes: int) -> None:
         """Note a node whose record holds."""
         self._nodes[node] = _Node(record.root.digest, record.start, record.end)
-        self._sizes[node] += record_charge(record, record_bytes)
+        self._sizes[node] += record_charge(self._reader, record, record_bytes)
 
     def logits(self, digest: bytes, owner: bytes, value_bytes: int) -> None:
         """Note logits of a node whose record holds."""
-        self._sizes[owner] += logits_charge(value_bytes)
+        self._sizes[owner] += logits_charge(self._reader, value_bytes)
         self._logits[owner].add(digest)
 
     def findings(self) -> Iterator[Finding]:
@@ -96,7 +96,7 @@ class Audit:
 
     def _queue(self, lives: dict[bytes, Life]) -> Iterator[Finding]:
         wanted = {key for node, life in lives.items() for key in life.queue_keys(node)}
-        for key, _ in self._reader.scan(QUEUE):
+        for key in self._reader.keys(QUEUE):
             if key not in wanted:
                 yield QUEUE, key, "an entry that should not be"
             wanted.discard(key)

@@ -71,7 +71,7 @@ def backup(
         raise StoreError(f"{target} cannot be written: {reason}", "name a new directory on a local disk") from error
     if not verify:
         return BackupReport(num_bytes, -1)
-    problems, num_spans = check_store(target)
+    problems, num_spans = check_store(target, key=db._user_key or b"")
     if problems:
         raise CorruptDataError(
             f"the copy in {target} does not hold: {len(problems):,} problems, the first: {problems[0].what}",
@@ -80,7 +80,7 @@ def backup(
     return BackupReport(num_bytes, num_spans)
 
 
-def check_store(path: str | os.PathLike[str]) -> tuple[list[Problem], int]:
+def check_store(path: str | os.PathLike[str], *, key: str | bytes | None = None) -> tuple[list[Problem], int]:
     """Check a store that nobody vouches for, before it is opened. Does not use its lock file.
 
     First the pages of the data file, without LMDB: a file made for the purpose can make LMDB crash, or worse. If they
@@ -90,6 +90,7 @@ def check_store(path: str | os.PathLike[str]) -> tuple[list[Problem], int]:
     ----------
     path : directory of the store. Nobody may have it open for writing meanwhile. It is not changed, but for zeros at
         the end of a file that is shorter than its own page count.
+    key : as for :class:`PromptDB`; without that of an encrypted store, only its pages are checked before this raises.
 
     Returns
     -------
@@ -99,7 +100,7 @@ def check_store(path: str | os.PathLike[str]) -> tuple[list[Problem], int]:
 
     Raises
     ------
-    NotAStoreError, FormatVersionError, StoreError
+    NotAStoreError, FormatVersionError, StoreKeyError, StoreError
         It is no store, or cannot be read.
     """
     from promptdb.pages import check_pages
@@ -112,7 +113,7 @@ def check_store(path: str | os.PathLike[str]) -> tuple[list[Problem], int]:
         # Locks of a stranger are not believed either: LMDB makes its own beside the link.
         (Path(private) / _DATA_FILE).symlink_to((directory / _DATA_FILE).resolve())
         try:
-            with PromptDB(private, readonly=True) as db:
+            with PromptDB(private, readonly=True, key=key) as db:
                 return db.verify(), db.stat()["num_nodes"]
         except CorruptDataError as error:
             return [Problem(META, "", error.message)], 0

@@ -13,7 +13,9 @@ from promptdb.eviction import evict, keep_quota
 from promptdb.format import BLOBS, LOGITS, NODES, BlobEntry, Layout, NodeRecord, checksum
 from promptdb.keys import TOKEN_BYTES, PrefixHasher, Root, node_id, num_tokens
 from promptdb.ledger import Ledger, with_ledger
-from promptdb.life import NEVER, read_ttl, read_usage
+from promptdb.life import DEFAULT_COMPRESSION, NEVER, read_limits, read_ttl, read_usage
+from promptdb.packing import pack
+from promptdb.rebuild import FIRST_VERSION_WITH_CODING, require_version
 from promptdb.served import Served, write_served
 from promptdb.snapshot import pack_logits
 from promptdb.tables import Index, Writer
@@ -124,7 +126,8 @@ class _Span(NamedTuple):
     child_hash: bytes
     tokens: bytes
     node: bytes
-    blobs: Mapping[str, BlobEntry]
+    blobs: Mapping[str, Bytes]  # as the store keeps them
+    entries: Mapping[str, BlobEntry]
 
 
 class _Prepared:
@@ -136,15 +139,21 @@ class _Prepared:
         Tokens, spans or positions that do not fit each other.
     """
 
-    def __init__(self, request: PutRequest) -> None:
+    def __init__(self, request: PutRequest, compression: str) -> None:
         check_packed(request.packed)
         check_ttl(request.ttl_s)
         total = num_tokens(request.packed)
         self.request = request
+        self.is_compressed = compression != DEFAULT_COMPRESSION
         self.spans: list[_Span] = []
         self.encode_from(request.start)
         if any(not 1 <= position <= total for position in request.logits):
             raise PromptError(f"logits after {sorted(request.logits)} tokens of a prompt of {total}")
+        self.logits = {position: self._stored(blob) for position, blob in sorted(request.logits.items())}
+
+    def _stored(self, blob: Bytes) -> Bytes:
+        """Return a blob as the store keeps it."""
+        return pack(blob) if self.is_compressed else blob
 
     def encode_from(self, position: int) -> None:
         """Make the spans from ``position`` on."""
@@ -156,10 +165,9 @@ class _Prepared:
             child_hash = hasher.at(payload.start)
             tokens = packed[payload.start * TOKEN_BYTES : payload.end * TOKEN_BYTES]
             node = node_id(child_hash, tokens)
-            blobs = {
-                kind: BlobEntry(len(blob), checksum(node + kind.encode(), blob)) for kind, blob in payload.blobs.items()
-            }
-            self.spans.append(_Span(payload, child_hash, tokens, node, blobs))
+            blobs = {kind: self._stored(blob) for kind, blob in payload.blobs.items()}
+            entries = {kind: BlobEntry(len(blob), checksum(node + kind.encode(), blob)) for kind, blob in blobs.items()}
+            self.spans.append(_Span(payload, child_hash, tokens, node, blobs, entries))
 
 
 def put_all(
@@ -180,13 +188,19 @@ def put_all(
     """
     if not requests:
         return []
-    puts = [_Prepared(request) for request in requests]
+    compression = _compression(index)
+    puts = [_Prepared(request, compression) for request in requests]
     try:
         return _commit(index, puts, clock, used or {}, served or {})
     except StoreFullError as error:
         if not _make_space(index, puts, clock, error):
             raise
         return _commit(index, puts, clock, {}, served or {})
+
+
+def _compression(index: Index) -> str:
+    with index.read() as reader:
+        return read_limits(reader).compression
 
 
 def _commit(
@@ -216,7 +230,7 @@ def _make_space(index: Index, puts: Sequence[_Prepared], clock: Callable[[], flo
 
     A few spans first, and ever more: removing takes pages too, and each step frees those for the next.
     """
-    wanted = 2 * sum(entry.size_bytes for put in puts for span in put.spans for entry in span.blobs.values())
+    wanted = 2 * sum(entry.size_bytes for put in puts for span in put.spans for entry in span.entries.values())
     with index.read() as reader:
         usage = read_usage(reader)
     charged = 0 if usage is None else usage.charged_bytes
@@ -253,6 +267,8 @@ def _put_in_order(ledger: Ledger, puts: Sequence[_Prepared]) -> list[PutReport]:
     ttls: dict[str, float | None] = {}
     for number, put in enumerate(puts):
         root, ttl_s = put.request.root, put.request.ttl_s
+        if root.kv_codec:
+            require_version(ledger.writer, FIRST_VERSION_WITH_CODING)
         if ttl_s is None:
             if root.namespace not in ttls:
                 ttls[root.namespace] = read_ttl(ledger.writer, root.namespace)
@@ -275,7 +291,7 @@ def _put(ledger: Ledger, put: _Prepared, expires_unix_s: float) -> PutReport:
     owner = walk.steps[-1].node if walk.steps else b""
     ledger.protected.update(step.node for step in walk.steps)
     written = tokens = size_bytes = dropped = 0
-    for number, (span, child_hash, ids, node, entries) in enumerate(put.spans):
+    for number, (span, child_hash, ids, node, blobs, entries) in enumerate(put.spans):
         if span.end <= covered:
             continue
         if span.start < covered:
@@ -284,7 +300,7 @@ def _put(ledger: Ledger, put: _Prepared, expires_unix_s: float) -> PutReport:
         if span.start > covered:
             dropped = len(put.spans) - number
             break
-        for kind, blob in span.blobs.items():
+        for kind, blob in blobs.items():
             writer.put(BLOBS, node + kind.encode(), blob)
         record = NodeRecord(
             root, owner, child_hash, span.start, ids, span.layout, entries, ledger.now, span.compute_s, span.provenance
@@ -303,17 +319,17 @@ def _put(ledger: Ledger, put: _Prepared, expires_unix_s: float) -> PutReport:
         ledger.protected.update(step.node for step in walk.steps)
     ledger.extend(owner, expires_unix_s)
     if not dropped:
-        size_bytes += _put_logits(ledger, put.request, covered)
+        size_bytes += _put_logits(ledger, put, covered)
     return PutReport(written, tokens, size_bytes, dropped)
 
 
-def _put_logits(ledger: Ledger, request: PutRequest, covered: int) -> int:
-    writer, root, packed = ledger.writer, request.root, request.packed
+def _put_logits(ledger: Ledger, put: _Prepared, covered: int) -> int:
+    writer, root, packed = ledger.writer, put.request.root, put.request.packed
     size_bytes = 0
-    for position, blob in sorted(request.logits.items()):
+    for position, blob in put.logits.items():
         if position <= covered:
             digest = PrefixHasher(root.digest, packed).at(position)
-            if writer.get(LOGITS, digest) is None:
+            if writer.size(LOGITS, digest) is None:
                 holder = match(writer, root.digest, packed[: position * TOKEN_BYTES]).steps[-1].node
                 value = pack_logits(digest, holder, blob)
                 writer.put(LOGITS, digest, value)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -39,13 +38,14 @@ from promptdb.keys import TOKEN_BYTES, Root, pack_tokens
 from promptdb.ledger import Ledger, with_ledger
 from promptdb.lifecycle import Lifecycle, check_limits
 from promptdb.memory import MemoryIndex
-from promptdb.opening import check_options, default_path, open_index, read_settings
+from promptdb.opening import Wanted, check_options, default_path, open_index, open_settings
 from promptdb.pins import remove_spans
 from promptdb.registry import Registry
 from promptdb.served import Served, Tally
 from promptdb.snapshot import Match, Snapshot, Verified
 from promptdb.tables import Index, Reader, Reading
 from promptdb.trie import descendants
+from promptdb.userkey import find_key
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -73,6 +73,11 @@ class PromptDB(Lifecycle):
         killed; if the machine fails, the store may be lost. The same for all objects of a process on one path.
     quota_bytes, policy : what the store may be charged in all, and what is evicted first; see :meth:`set_quota`. Set
         when the store is created (no quota, and ``"cost"``, unless given).
+    compression : how blobs are stored from now on, losslessly: ``"zstd"`` (needs the extra ``compression``) where that
+        saves enough, or ``"off"``. Set when the store is created (``"off"`` unless given); see :meth:`set_compression`.
+    key : encrypts a new store, and opens one that is (needs the extra ``encryption``): 64 hexadecimal digits or 32
+        bytes. By default ``$PROMPTDB_KEY``, or what the file ``$PROMPTDB_KEY_FILE`` holds; empty: none, whatever those
+        say. See docs/security.md.
     ttl_s : how many seconds prompts live that are put with this handle; by default, as their namespace's setting says.
     clock : seconds since 1970, for tests.
 
@@ -82,6 +87,10 @@ class PromptDB(Lifecycle):
         ``path`` holds something else.
     FormatVersionError
         The store was written by a newer version.
+    StoreKeyError
+        The store is encrypted and this is not its key, or it is not and there is a key.
+    MissingLibraryError
+        The library for an encrypted store, or for the compression that was asked for, is not installed.
     ReadOnlyStoreError, StoreFullError, RemoteFilesystemError, StoreError
         The directory cannot be used, with the system's reason.
 
@@ -108,6 +117,8 @@ class PromptDB(Lifecycle):
         durability: str = "power",
         quota_bytes: int | None = None,
         policy: str | None = None,
+        compression: str | None = None,
+        key: str | bytes | None = None,
         ttl_s: float | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
@@ -115,12 +126,14 @@ class PromptDB(Lifecycle):
             raise InputTypeError(f"path must be a str or a path, not {type(path).__name__}")
         if path is not None and not str(path):
             raise NotAStoreError("the path of the store is empty", "a store is a directory; name one")
+        wanted = Wanted(chunk_tokens, quota_bytes, policy, compression)
         check_options(chunk_tokens, verify_reads, map_bytes)
-        check_limits(quota_bytes, policy)
+        check_limits(quota_bytes, policy, compression)
         check_ttl(ttl_s)
+        user_key = find_key(key)
         directory = Path(path) if path is not None else default_path()
         index = open_index(directory, readonly, map_bytes, durability)
-        self._open(directory, index, verify_reads, ttl_s, clock, (chunk_tokens, clock, quota_bytes, policy))
+        self._open(directory, index, verify_reads, ttl_s, clock, wanted, user_key)
 
     @classmethod
     def in_memory(
@@ -130,15 +143,17 @@ class PromptDB(Lifecycle):
         verify_reads: str = "once",
         quota_bytes: int | None = None,
         policy: str | None = None,
+        compression: str | None = None,
         ttl_s: float | None = None,
         clock: Callable[[], float] = time.time,
     ) -> PromptDB:
         """Return a store that lives in this process's memory and dies with it."""
         check_options(chunk_tokens, verify_reads, None)
-        check_limits(quota_bytes, policy)
+        check_limits(quota_bytes, policy, compression)
         check_ttl(ttl_s)
         db = cls.__new__(cls)
-        db._open(None, MemoryIndex(), verify_reads, ttl_s, clock, (chunk_tokens, clock, quota_bytes, policy))
+        wanted = Wanted(chunk_tokens, quota_bytes, policy, compression)
+        db._open(None, MemoryIndex(), verify_reads, ttl_s, clock, wanted, None)
         return db
 
     def _open(
@@ -148,21 +163,23 @@ class PromptDB(Lifecycle):
         verify_reads: str,
         ttl_s: float | None,
         clock: Callable[[], float],
-        wanted: tuple[int | None, Callable[[], float], int | None, str | None],
+        wanted: Wanted,
+        user_key: bytes | None,
     ) -> None:
         self.path = path
         self.ttl_s = ttl_s
+        try:
+            index, settings = open_settings(index, path, wanted, clock, user_key)
+        except BaseException:
+            index.close()
+            raise
         self._index = index
+        self._user_key = user_key
         self._clock = clock
         self._accesses = None if index.readonly else AccessLog()
         self._tally = Tally()
         self._verified = Verified(verify_reads)
         self.registry = Registry(index)
-        try:
-            settings = read_settings(index, path, *wanted)
-        except BaseException:
-            index.close()
-            raise
         self.chunk_tokens: int = settings["chunk_tokens"]
         self.created_unix_s: float = settings["created_unix_s"]
         self.format_version: int = settings["format_version"]  # when it was opened
@@ -171,6 +188,32 @@ class PromptDB(Lifecycle):
     def readonly(self) -> bool:
         """Whether this handle may only read."""
         return self._index.readonly
+
+    @property
+    def is_encrypted(self) -> bool:
+        """Whether what the store holds is encrypted."""
+        return self._user_key is not None
+
+    def rotate_key(self, new_key: str | bytes) -> None:
+        """Let another key open the store, and the one before no longer. What is stored is not written again.
+
+        Parameters
+        ----------
+        new_key : 64 hexadecimal digits or 32 bytes.
+
+        Raises
+        ------
+        StoreKeyError
+            The store is not encrypted, or that is no key.
+
+        Notes
+        -----
+        One transaction. Handles that are open stay so, in all processes. Who has had both the old key and the file can
+        still read what is written: see docs/security.md.
+        """
+        from promptdb.opening import rotate
+
+        self._user_key = rotate(self._index, self.path, find_key(new_key), self._clock())
 
     def close(self) -> None:
         """Release the store. Closing twice is harmless; everything that was put is already durable.
@@ -215,6 +258,7 @@ class PromptDB(Lifecycle):
         tokenizer: str,
         namespace: str = "",
         intervention: str = "",
+        kv_codec: str = "",
     ) -> Match:
         """Find the longest stored prefix of a prompt. Needs no model, never computes, never writes.
 
@@ -222,7 +266,7 @@ class PromptDB(Lifecycle):
         ----------
         token_ids : the prompt's n token IDs, or its packed tokens.
         model, tokenizer : weights ID and tokenizer ID, hex.
-        namespace, intervention : the rest of the root.
+        namespace, intervention, kv_codec : the rest of the root.
 
         Returns
         -------
@@ -242,7 +286,7 @@ class PromptDB(Lifecycle):
         """
         packed = token_ids if isinstance(token_ids, bytes) else pack_tokens(token_ids)
         check_packed(packed)
-        root = Root(model, tokenizer, namespace, intervention)
+        root = Root(model, tokenizer, namespace, intervention, kv_codec)
         with self._index.read() as reader:
             match = self._snapshot(reader).match(root, packed)
         if self._accesses is not None and self._accesses.has_many:
@@ -257,20 +301,20 @@ class PromptDB(Lifecycle):
     def nodes(self) -> Iterator[tuple[bytes, NodeRecord]]:
         """Yield (node ID, record) of every stored span, in the order of their IDs.
 
-        Reads a page of records at a time, and holds no snapshot between them: a long walk does not keep old pages from
-        being used again, and what is put or removed meanwhile may be seen or not.
+        Reads all IDs, then a page of records at a time, and holds no snapshot between them: a long walk does not keep
+        old pages from being used again. What is put meanwhile is not seen, and what is removed may be or not. Memory:
+        100 bytes a span.
         """
-        start = b""
-        while True:
+        with self._index.read() as reader:
+            nodes = list(reader.keys(NODES))
+        for first in range(0, len(nodes), _PAGE_RECORDS):
             with self._index.read() as reader:
                 page = [
                     (node, NodeRecord.unpack(node, value))
-                    for node, value in itertools.islice(reader.scan(NODES, start), _PAGE_RECORDS)
+                    for node in nodes[first : first + _PAGE_RECORDS]
+                    if (value := reader.get(NODES, node)) is not None
                 ]
             yield from page
-            if len(page) < _PAGE_RECORDS:
-                return
-            start = page[-1][0] + b"\0"
 
     def find_node(self, hex_prefix: str) -> bytes:
         """Return the ID of the one node whose ID starts with ``hex_prefix``.
@@ -282,15 +326,16 @@ class PromptDB(Lifecycle):
         """
         prefix = hex_prefix.lower()
         try:
-            start = bytes.fromhex(prefix + "0" * (len(prefix) % 2))
+            start = bytes.fromhex(prefix + "0" * (len(prefix) % 2))[: len(prefix) // 2]
         except ValueError as error:
             raise NodeNotFoundError(f"{hex_prefix!r} is not a node ID", "`promptdb ls` lists them") from error
         found: list[bytes] = []
         with self._index.read() as reader:
-            for node, _ in reader.scan(NODES, start):
-                if not node.hex().startswith(prefix) or len(found) > 1:
+            for node in reader.keys(NODES, start):
+                if node.hex().startswith(prefix):
+                    found.append(node)
+                if len(found) > 1:
                     break
-                found.append(node)
         if len(found) != 1:
             reason = "several node IDs start" if found else "no node ID starts"
             raise NodeNotFoundError(f"{reason} with {hex_prefix!r}", "`promptdb ls` lists them")

@@ -166,7 +166,7 @@ class Deposit:
             return
         digest = PrefixHasher(root.digest, packed).at(position)
         with self._db.read() as snapshot:
-            if snapshot.reader.get(LOGITS, digest) is not None:
+            if snapshot.reader.size(LOGITS, digest) is not None:
                 return
         if not self._chains or (self._chains[-1].root, self._chains[-1].packed) != (root, packed):
             self._chains.append(_Chain(root, packed, len(packed) // TOKEN_BYTES))

@@ -20,7 +20,7 @@ from promptdb.errors import InputTypeError, ModelError, StoreError
 from promptdb.explain import Explanation, explain
 from promptdb.extender import Extender, Fetch, nothing_found
 from promptdb.forecast import Forecast
-from promptdb.keys import Root, unpack_tokens
+from promptdb.keys import KV_CODECS, Root, unpack_tokens
 from promptdb.registration import register
 from promptdb.representation import Representation
 from promptdb.runner import Runner
@@ -46,6 +46,9 @@ class Engine:
     namespace : a tenant's salt; nothing is shared between namespaces.
     strict : reuse only what was computed with these library versions, on this kind of device, with this attention
         implementation, and in one pass from the start of its prompt. bf16 and fp16 results depend on all of those.
+    kv_codec : ``"int8"``: keys and values are stored in 8 bits, with a scale for each head's vector of each token. They
+        are approximate then, and so is all that is computed after a stored prefix; nothing is shared with exact ones.
+        ``verify --recompute`` measures how far off they are. By default they are stored as they were computed.
     write_behind : commit in a background thread; otherwise :meth:`get` returns when its spans are durable.
 
     Raises
@@ -72,6 +75,7 @@ class Engine:
         *,
         namespace: str = "",
         strict: bool = False,
+        kv_codec: str = "",
         write_behind: bool = True,
         known_weights_id: str | None = None,
     ) -> None:
@@ -79,7 +83,12 @@ class Engine:
             raise InputTypeError(
                 f"db must be a PromptDB, not {type(db).__name__}", "Engine(PromptDB(path), model, tokenizer)"
             )
+        if kv_codec not in KV_CODECS:
+            raise InputTypeError(f"kv_codec is {kv_codec!r}", 'choose "int8", or leave it out')
+        if kv_codec and strict:
+            raise InputTypeError("a strict engine stores nothing approximately", "leave strict or kv_codec out")
         self.db = db
+        self.kv_codec = kv_codec
         self.model = model
         self.tokenizer = tokenizer
         self.namespace = namespace
@@ -140,7 +149,7 @@ class Engine:
         if root is None or root.weights_id != weights_id:
             if root is not None:
                 self._extender.replace_runner(Runner(self.model))
-            root = Root(weights_id, self.tokenizer_id, self.namespace)
+            root = Root(weights_id, self.tokenizer_id, self.namespace, kv_codec=self.kv_codec)
             name = type(self.tokenizer).__name__
             self._extender.cost = register(self.db, root, self._extender.runner, self.encoder, name)
             self._root = root

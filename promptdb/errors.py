@@ -10,6 +10,8 @@
     │   ├── StoreFullError                no space left on the device
     │   ├── QuotaExceededError            a put that does not fit into the store's quota
     │   ├── RemoteFilesystemError         LMDB must not live on a network filesystem
+    │   ├── StoreKeyError                 the key of an encrypted store is missing, wrong, or not called for
+    │   ├── MissingLibraryError           the store needs a library that is not installed
     │   └── WriteBehindError              a background write failed; raised by the next call and by close
     ├── CorruptDataError (ValueError)     a checksum, record or blob that does not hold
     ├── NodeNotFoundError (KeyError)      no stored span has this node ID
@@ -38,6 +40,7 @@ __all__ = [
     "FormatVersionError",
     "IdentityError",
     "InputTypeError",
+    "MissingLibraryError",
     "ModelError",
     "ModelNotFoundError",
     "ModelPlacementError",
@@ -52,6 +55,7 @@ __all__ = [
     "RemoteFilesystemError",
     "StoreError",
     "StoreFullError",
+    "StoreKeyError",
     "TextEncodingError",
     "TokenRangeError",
     "TrainModeError",
@@ -104,6 +108,14 @@ class QuotaExceededError(StoreError):
 
 class RemoteFilesystemError(StoreError):
     """The path is on a network filesystem, where LMDB's locks and memory map do not hold."""
+
+
+class StoreKeyError(StoreError):
+    """The key of an encrypted store is missing or wrong, or one was given for a store that is not encrypted."""
+
+
+class MissingLibraryError(StoreError):
+    """The store is compressed or encrypted, and the optional library for that is not installed."""
 
 
 class WriteBehindError(StoreError):

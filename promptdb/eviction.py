@@ -128,10 +128,10 @@ class _Queue:
 
     def _keys(self, prefix: bytes) -> Iterator[bytes]:
         freed, protected = self._freed[prefix], self._ledger.protected
-        stored = (key for key, _ in self._ledger.writer.scan(QUEUE, prefix))
+        stored = self._ledger.writer.keys(QUEUE, prefix)
         key = next(stored, b"")
         while True:
-            has_stored = key.startswith(prefix)
+            has_stored = bool(key)
             if freed and (not has_stored or freed[0] < key):
                 yield heapq.heappop(freed)
             elif has_stored:

@@ -127,6 +127,7 @@ def _reason(
             "weights_id": "other weights",
             "tokenizer_id": "another tokenizer",
             "intervention_id": "another intervention",
+            "kv_codec": "approximate keys and values" if others[0].root.kv_codec else "exact keys and values",
         }
         differing = " and ".join(names.get(name, name) for name in others[0].fields)
         return f"{others[0].num_tokens} tokens are stored with {differing}"

@@ -16,7 +16,7 @@ from xxhash import xxh3_128_digest
 from promptdb.errors import CorruptDataError
 from promptdb.keys import DIGEST_BYTES, TOKEN_BYTES, Root, num_tokens
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 # Named tables. Keys and values: FORMAT.md.
 META = "meta"
@@ -34,6 +34,7 @@ LABELS = "labels"
 TABLES = (META, ROOTS, NODES, CHILDREN, BLOBS, LOGITS, MODELS, TOKENIZERS, CHECKPOINTS, LIFE, QUEUE, LABELS)
 
 STORE_KEY = b"store"
+SEAL_KEY = b"seal"  # where an encrypted store keeps what opens it
 KV_BLOB = "kv"
 LOGPROBS_BLOB = "lp"
 
@@ -134,7 +135,7 @@ TOTALS = ("num_nodes", "num_tokens", "blob_bytes")
 
 def pack_root(root: Root, totals: Mapping[str, int]) -> bytes:
     """Return the record of a root with its totals, to stand under the root's digest."""
-    return pack_record(root.digest, {"root": asdict(root), "totals": dict(totals)})
+    return pack_record(root.digest, {"root": _root_fields(root), "totals": dict(totals)})
 
 
 def unpack_root(digest: bytes, data: bytes | memoryview) -> tuple[Root, dict[str, int]]:
@@ -150,7 +151,15 @@ def unpack_root(digest: bytes, data: bytes | memoryview) -> tuple[Root, dict[str
 
 
 def _read_root(fields: Mapping[str, Any]) -> Root:
-    return Root(fields["weights_id"], fields["tokenizer_id"], fields["namespace"], fields["intervention_id"])
+    exact = fields["weights_id"], fields["tokenizer_id"], fields["namespace"], fields["intervention_id"]
+    return Root(*exact, fields.get("kv_codec", ""))
+
+
+def _root_fields(root: Root) -> dict[str, str]:
+    found: dict[str, str] = asdict(root)
+    if not root.kv_codec:  # as every version of the format knows it
+        del found["kv_codec"]
+    return found
 
 
 @dataclass(frozen=True)
@@ -219,7 +228,7 @@ class NodeRecord:
         return pack_record(
             node,
             {
-                "root": asdict(self.root),
+                "root": _root_fields(self.root),
                 "parent": self.parent,
                 "child_hash": self.child_hash,
                 "start": self.start,

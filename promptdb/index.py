@@ -273,20 +273,34 @@ class _LmdbTransaction:
         handle = self._tables.get(table)  # None: the store was opened for reading, and never had that table
         return None if handle is None else self._transaction.get(key, db=handle)
 
-    def scan(self, table: str, start: bytes = b"") -> Iterator[Item]:
+    def size(self, table: str, key: bytes) -> int | None:
+        value = self.get(table, key)  # a view: nothing is read
+        return None if value is None else len(value)
+
+    def scan(self, table: str, start: bytes = b"", prefix: bytes = b"") -> Iterator[Item]:
         if table not in self._tables:
             return
+        start = max(start, prefix)
         with self._transaction.cursor(self._tables[table]) as cursor:
             found = cursor.set_range(start) if start else cursor.first()
             while found:
-                yield bytes(cursor.key()), cursor.value()
+                key = bytes(cursor.key())
+                if not key.startswith(prefix):
+                    return
+                yield key, cursor.value()
                 found = cursor.next()
+
+    def keys(self, table: str, prefix: bytes = b"") -> Iterator[bytes]:
+        return (key for key, _ in self.scan(table, prefix=prefix))
 
     def count(self, table: str) -> int:
         if table not in self._tables:
             return 0
         entries: int = self._transaction.stat(self._tables[table])["entries"]
         return entries
+
+    def stored_sizes(self, table: str, key_bytes: int, value_bytes: int) -> tuple[int, int]:
+        return key_bytes, value_bytes
 
     def put(self, table: str, key: bytes, value: bytes | bytearray | memoryview) -> None:
         self._transaction.put(key, value, db=self._tables[table])

@@ -16,7 +16,7 @@ from typing import Any
 from promptdb.blobs import DTYPE_BYTES, TensorSpec, TensorView, build_blob, parse_blob
 from promptdb.errors import CorruptDataError, IdentityError
 from promptdb.format import KV_BLOB, LOGPROBS_BLOB, Layout, NodeRecord
-from promptdb.keys import Root
+from promptdb.keys import INT8, KV_CODECS, Root
 from promptdb.opening import MAX_CHUNK_TOKENS
 
 Bytes = bytes | bytearray | memoryview
@@ -91,18 +91,29 @@ def check_root(root: Root) -> None:
     """Raise :class:`CorruptDataError` unless the fields of a root have a sensible length."""
     if any(len(value) > _MAX_TEXT for value in vars(root).values()):
         raise CorruptDataError(f"an identity with a field of more than {_MAX_TEXT:,} characters")
+    if root.kv_codec not in KV_CODECS:
+        raise CorruptDataError("keys and values in a codec that is not known here", "upgrade promptdb")
 
 
-def kv_specs(layout: Layout, num_tokens: int) -> list[TensorSpec]:
-    """Return the tensors of the blob ``kv`` of a span."""
-    return [
-        TensorSpec(f"kv.{number}", group.dtype, group.span_shape(num_tokens)) for number, group in enumerate(layout)
-    ]
+def kv_specs(layout: Layout, num_tokens: int, kv_codec: str) -> list[TensorSpec]:
+    """Return the tensors of the blob ``kv`` of a span, all of which have the tokens as third dimension."""
+    specs = []
+    for number, group in enumerate(layout):
+        shape = group.span_shape(num_tokens)
+        if kv_codec == INT8:
+            specs += [TensorSpec(f"kv.{number}", "I8", shape), TensorSpec(f"kv.{number}.scale", "F32", shape[:3])]
+        else:
+            specs.append(TensorSpec(f"kv.{number}", group.dtype, shape))
+    return specs
 
 
 def score_specs(num_tokens: int) -> list[TensorSpec]:
     """Return the tensors of the blob ``lp`` of a span. The second may be missing."""
     return [TensorSpec("token_logprobs", "F32", (num_tokens,)), TensorSpec("greedy_ids", "I32", (num_tokens,))]
+
+
+def _own_kv_specs(record: NodeRecord) -> list[TensorSpec]:
+    return kv_specs(record.layout, record.num_tokens, record.root.kv_codec)
 
 
 def check_record(record: NodeRecord) -> None:
@@ -115,7 +126,7 @@ def check_record(record: NodeRecord) -> None:
     _check_layout(record.layout)
     if set(record.blobs) != {KV_BLOB, LOGPROBS_BLOB}:
         raise CorruptDataError(f"a span with blobs {sorted(record.blobs)}, where kv and lp should be")
-    expected = {KV_BLOB: kv_specs(record.layout, record.num_tokens), LOGPROBS_BLOB: score_specs(record.num_tokens)}
+    expected = {KV_BLOB: _own_kv_specs(record), LOGPROBS_BLOB: score_specs(record.num_tokens)}
     for kind, specs in expected.items():
         most = sum(spec.size_bytes for spec in specs) + _HEADER_BYTES * (1 + len(specs))
         if record.blobs[kind].size_bytes > most:
@@ -151,7 +162,8 @@ def check_blobs(record: NodeRecord, blobs: Mapping[str, Bytes]) -> None:
     Reads every number: keys and values must be finite, and log-probabilities known but for a prompt's first token.
     """
     tensors = parse_blob(blobs[KV_BLOB])
-    _check_tensors(KV_BLOB, tensors, kv_specs(record.layout, record.num_tokens), required=len(record.layout))
+    specs = _own_kv_specs(record)
+    _check_tensors(KV_BLOB, tensors, specs, required=len(specs))
     for name, view in tensors.items():
         if not is_finite(view):
             raise CorruptDataError(f"keys or values with NaN or infinity in {name}")
@@ -194,7 +206,7 @@ def check_logits(blob: Bytes) -> None:
 
 def own_tensors(record: NodeRecord, kind: str, tensors: Mapping[str, TensorView]) -> bytearray:
     """Return a blob with those tensors of a stored one that an archive holds, in the order of FORMAT.md."""
-    specs = kv_specs(record.layout, record.num_tokens) if kind == KV_BLOB else score_specs(record.num_tokens)
+    specs = _own_kv_specs(record) if kind == KV_BLOB else score_specs(record.num_tokens)
     present = [spec for spec in specs if spec.name in tensors]
     _check_tensors(kind, {spec.name: tensors[spec.name] for spec in present}, present, required=len(present))
     return build_blob([(spec, tensors[spec.name].data) for spec in present])
@@ -210,9 +222,9 @@ def trim(record: NodeRecord, blobs: Mapping[str, Bytes], skip: int) -> dict[str,
     left = record.num_tokens - skip
     keys_values = parse_blob(blobs[KV_BLOB])
     kept = []
-    for number, (group, spec) in enumerate(zip(record.layout, kv_specs(record.layout, left), strict=True)):
-        data = keys_values[f"kv.{number}"].data
-        row_bytes = group.head_dim * DTYPE_BYTES[group.dtype]
+    for spec in kv_specs(record.layout, left, record.root.kv_codec):
+        data = keys_values[spec.name].data
+        row_bytes = math.prod(spec.shape[3:]) * DTYPE_BYTES[spec.dtype]
         head_bytes = record.num_tokens * row_bytes
         rows = [data[at + skip * row_bytes : at + head_bytes] for at in range(0, len(data), head_bytes)]
         kept.append((spec, b"".join(rows)))

@@ -33,6 +33,10 @@ TOKEN_BYTES = 4
 # Bump when the meaning of a stored representation changes: old nodes then miss instead of being misread.
 ROOT_VERSION = 1
 
+INT8 = "int8"
+KV_CODECS = ("", INT8)
+"""How keys and values may be stored: as they were computed, or approximately."""
+
 
 @dataclass(frozen=True)
 class Root:
@@ -44,6 +48,7 @@ class Root:
     tokenizer_id : digest of everything that turns text into IDs, hex.
     namespace : salt of a tenant; no lookup crosses from one namespace to another.
     intervention_id : digest of hooks that change activations; empty for the plain model.
+    kv_codec : how keys and values are approximated where they are stored, ``"int8"``; empty if they are exact.
 
     Notes
     -----
@@ -54,6 +59,7 @@ class Root:
     tokenizer_id: str
     namespace: str = ""
     intervention_id: str = ""
+    kv_codec: str = ""
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -65,17 +71,19 @@ class Root:
     @property
     def digest(self) -> bytes:
         """32 bytes, equal on every machine for equal fields."""
-        return _root_digest(self.weights_id, self.tokenizer_id, self.namespace, self.intervention_id)
+        return _root_digest(self.weights_id, self.tokenizer_id, self.namespace, self.intervention_id, self.kv_codec)
 
 
 @lru_cache(maxsize=1024)  # a lookup of every call makes the same few roots again
-def _root_digest(weights_id: str, tokenizer_id: str, namespace: str, intervention_id: str) -> bytes:
+def _root_digest(weights_id: str, tokenizer_id: str, namespace: str, intervention_id: str, kv_codec: str) -> bytes:
     hasher = FieldHasher("promptdb root")
     hasher.field("version", ROOT_VERSION)
     hasher.field("weights", weights_id)
     hasher.field("tokenizer", tokenizer_id)
     hasher.field("namespace", namespace)
     hasher.field("intervention", intervention_id)
+    if kv_codec:  # so that exact ones have the digest that they always had
+        hasher.field("kv_codec", kv_codec)
     return hasher.digest()
 
 

@@ -10,9 +10,11 @@ import torch
 
 from promptdb.blobs import TensorSpec, TensorView, build_blob, parse_blob, plan_blob
 from promptdb.buffers import POOL
-from promptdb.cache import DTYPE_NAMES, TORCH_DTYPES, PromptCache, layout_of
+from promptdb.cache import DTYPE_NAMES, TORCH_DTYPES, PromptCache, layout_of, pooled_empty
 from promptdb.errors import CorruptDataError, NonFiniteError
 from promptdb.format import KV_BLOB, LOGPROBS_BLOB, Layout
+from promptdb.intake import kv_specs
+from promptdb.quantise import dequantise, quantise
 from promptdb.scores import TokenScores
 from promptdb.staging import copy_to_device
 
@@ -79,12 +81,15 @@ class KvSource:
             target[at].copy_(self._cache.slot(slot)[0, :, start:end])
 
 
-def encode_span(source: KvSource, start: int, end: int, scores: TokenScores) -> dict[str, memoryview | bytearray]:
+def encode_span(
+    source: KvSource, start: int, end: int, scores: TokenScores, kv_codec: str = ""
+) -> dict[str, memoryview | bytearray]:
     """Return the blobs of tokens ``[start, end)`` of a cache: one copy, into pooled memory.
 
     Parameters
     ----------
     scores : those of the ``end - start`` tokens.
+    kv_codec : that of the root.
 
     Raises
     ------
@@ -92,18 +97,23 @@ def encode_span(source: KvSource, start: int, end: int, scores: TokenScores) -> 
         The keys or values hold NaN or infinity.
     """
     layout = source.layout
-    specs = [
-        TensorSpec(f"kv.{number}", group.dtype, group.span_shape(end - start)) for number, group in enumerate(layout)
-    ]
+    specs = kv_specs(layout, end - start, kv_codec)
     plan = plan_blob(specs)
     lease = POOL.lease(plan.size_bytes)
     blob = memoryview(lease).cast("B")
     blob[: len(plan.header)] = plan.header
-    for number, (group, spec, offset) in enumerate(zip(layout, specs, plan.offsets_bytes, strict=True)):
-        data = blob[offset : offset + spec.size_bytes]
-        target = torch.frombuffer(data, dtype=TORCH_DTYPES[group.dtype]).view(spec.shape)
+    tensors = {
+        spec.name: torch.frombuffer(blob[at : at + spec.size_bytes], dtype=TORCH_DTYPES[spec.dtype]).view(spec.shape)
+        for spec, at in zip(specs, plan.offsets_bytes, strict=True)
+    }
+    for number, group in enumerate(layout):
+        codes = target = tensors[f"kv.{number}"]
+        if kv_codec:
+            target = pooled_empty(codes.shape, TORCH_DTYPES[group.dtype], codes.device)
         source.copy(number, start, end, target)
         _check_finite(target, number)
+        if kv_codec:
+            quantise(target, codes, tensors[f"kv.{number}.scale"])
     return {KV_BLOB: blob, LOGPROBS_BLOB: _encode_scores(bytes_of(scores.logprobs), bytes_of(scores.greedy_ids))}
 
 
@@ -139,16 +149,12 @@ def encode_logits(logits: torch.Tensor) -> bytearray:
     return build_blob([(TensorSpec("logits", DTYPE_NAMES[logits.dtype], tuple(logits.shape)), bytes_of(logits))])
 
 
-def trim_blobs(
-    blobs: Mapping[str, bytes | bytearray | memoryview], layout: Layout, skip: int
-) -> dict[str, memoryview | bytearray]:
+def trim_blobs(blobs: Mapping[str, bytes | bytearray | memoryview], skip: int) -> dict[str, memoryview | bytearray]:
     """Return the blobs of a span without its first ``skip`` tokens."""
-    kv = parse_blob(blobs[KV_BLOB])
-    tokens = kv["kv.0"].shape[2] - skip if layout else 0
     tensors = []
-    for number, group in enumerate(layout):
-        kept = tensor_of(kv[f"kv.{number}"])[:, :, skip:].contiguous()
-        tensors.append((TensorSpec(f"kv.{number}", group.dtype, group.span_shape(tokens)), bytes_of(kept)))
+    for name, view in parse_blob(blobs[KV_BLOB]).items():  # the third dimension of each is that of tokens
+        kept = tensor_of(view)[:, :, skip:].contiguous()
+        tensors.append((TensorSpec(name, view.dtype, tuple(kept.shape)), bytes_of(kept)))
     scores = parse_blob(blobs[LOGPROBS_BLOB])
     logprobs, greedy_ids = scores["token_logprobs"].data[4 * skip :], scores["greedy_ids"].data[4 * skip :]
     return {KV_BLOB: build_blob(tensors), LOGPROBS_BLOB: _encode_scores(logprobs, greedy_ids)}
@@ -225,16 +231,29 @@ def span_copies(
                 return None
             if record.layout != layout:
                 raise CorruptDataError("spans of one prompt are laid out differently")
-            for number, (group, stack) in enumerate(zip(layout, stacks, strict=True)):
-                view = tensors.get(f"kv.{number}")
-                if view is None or view.shape != group.span_shape(step.span_tokens) or view.dtype != group.dtype:
-                    raise CorruptDataError(f"tensor kv.{number} is missing or has another shape than its record says")
+            kv_codec = record.root.kv_codec
+            found = _checked(tensors, kv_specs(layout, step.span_tokens, kv_codec))
+            for number, stack in enumerate(stacks):
                 target = stack[:, :, slot + first - start : slot + last - start]
-                copies.append((target, tensor_of(view)[:, :, first - step.start : last - step.start]))
+                kept = slice(first - step.start, last - step.start)
+                numbers = found[f"kv.{number}"][:, :, kept]
+                if kv_codec:
+                    numbers = dequantise(numbers, found[f"kv.{number}.scale"][:, :, kept], target.dtype)
+                copies.append((target, numbers))
         except CorruptDataError as error:
             error.node = step.node
             raise
     return copies
+
+
+def _checked(tensors: Mapping[str, TensorView], specs: Sequence[TensorSpec]) -> dict[str, torch.Tensor]:
+    found = {}
+    for spec in specs:
+        view = tensors.get(spec.name)
+        if view is None or (view.dtype, view.shape) != (spec.dtype, spec.shape):
+            raise CorruptDataError(f"tensor {spec.name} is missing or has another shape than its record says")
+        found[spec.name] = tensor_of(view)
+    return found
 
 
 def load_scores(

@@ -78,9 +78,7 @@ def read_labels(reader: Reader, kind: str, node: bytes = b"") -> Iterator[Label]
         A record does not hold.
     """
     start = KINDS[kind] + node
-    for key, data in reader.scan(LABELS, start):
-        if not key.startswith(start):
-            return
+    for key, data in reader.scan(LABELS, prefix=start):
         yield unpack_label(key, data)
 
 

@@ -27,8 +27,8 @@ from promptdb.format import (
 )
 from promptdb.keys import DIGEST_BYTES, Root, child_key, node_id
 from promptdb.labels import PIN, read_labels
-from promptdb.life import NEVER, Life, logits_charge, priority, read_limits, read_usage
-from promptdb.rebuild import record_charge, saved_seconds, upgrade
+from promptdb.life import NEVER, Life, priority, read_limits, read_usage
+from promptdb.rebuild import logits_charge, record_charge, saved_seconds, upgrade
 from promptdb.snapshot import logits_owner
 from promptdb.tables import Index, Writer
 from promptdb.trie import detach
@@ -129,7 +129,7 @@ class Ledger:
         if before.life is not None:  # what damage has left of it
             self.usage.charged_bytes -= before.life.size_bytes
             self.usage.pinned_bytes -= before.life.size_bytes if before.life.pinned_unix_s else 0
-        size_bytes, created = record_charge(record, record_bytes), record.created_unix_s
+        size_bytes, created = record_charge(self.writer, record, record_bytes), record.created_unix_s
         life = Life(
             record.parent, 0, size_bytes, expires_unix_s, 0.0, self.now, 0.0, saved_seconds(record), created
         )  # fmt: skip
@@ -170,7 +170,7 @@ class Ledger:
         life = self.edit(owner)
         if life is not None:
             life.logits.append(digest)
-            self._resize(life, logits_charge(value_bytes))
+            self._resize(life, logits_charge(self.writer, value_bytes))
         self._count(root, blob_bytes=value_bytes)
 
     def remove_logits(self, root: Root, digest: bytes) -> bool:
@@ -178,13 +178,22 @@ class Ledger:
         data = self.writer.get(LOGITS, digest)
         if data is None:
             return False
-        size_bytes, life = len(data), self.edit(logits_owner(data))
+        size_bytes = self.writer.size(LOGITS, digest) or 0
+        life = self.edit(self._holder(digest, logits_owner(data)))
         if life is not None and digest in life.logits:
             life.logits.remove(digest)
-            self._resize(life, -logits_charge(size_bytes))
+            self._resize(life, -logits_charge(self.writer, size_bytes))
         self.writer.delete(LOGITS, digest)
         self._count(root, blob_bytes=-size_bytes)
         return True
+
+    def _holder(self, digest: bytes, owner: bytes) -> bytes:
+        """Return the node that logits go with: their owner, unless its ID was damaged. Then all nodes are looked at."""
+        life = self.life(owner)
+        if life is not None and digest in life.logits:
+            return owner
+        nodes = list(self.writer.keys(LIFE))
+        return next((node for node in nodes if (each := self.life(node)) is not None and digest in each.logits), owner)
 
     def _resize(self, life: Life, size_bytes: int) -> None:
         life.size_bytes += size_bytes
@@ -211,9 +220,9 @@ class Ledger:
             self.writer.delete(BLOBS, node + kind.encode())
         life = self.life(node)
         for digest in self._logits_of(node) if life is None else life.logits:
-            value = self.writer.get(LOGITS, digest)
-            if value is not None:
-                size_bytes += len(value)
+            value_bytes = self.writer.size(LOGITS, digest)
+            if value_bytes is not None:
+                size_bytes += value_bytes
                 self.writer.delete(LOGITS, digest)
         entry = self.writer.get(CHILDREN, child_key(record.child_hash, record.span))
         if entry is not None and bytes(entry[:DIGEST_BYTES]) == node:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from promptdb.errors import CorruptDataError
@@ -23,6 +23,8 @@ TTL_KEY = b"ttl:"
 
 POLICIES = ("cost", "lru", "fifo", "ttl")
 DEFAULT_POLICY = "cost"
+COMPRESSIONS = ("off", "zstd")
+DEFAULT_COMPRESSION = "off"
 
 PAGE_BYTES = 4096
 LARGEST_SMALL_ITEM = 2030
@@ -40,15 +42,15 @@ QUEUE_NODE_AT = 1 + _SORTED.size
 
 
 def charge(key_bytes: int, value_bytes: int) -> int:
-    """Return what an item counts for: its bytes; of one too large for a page of LMDB's trees, whole pages."""
+    """Return what an item counts for: its bytes; of one too large for a page of LMDB's trees, whole pages.
+
+    Parameters
+    ----------
+    key_bytes, value_bytes : as they are stored: :meth:`promptdb.tables.Reader.stored_sizes`.
+    """
     if key_bytes + value_bytes <= LARGEST_SMALL_ITEM:
         return key_bytes + value_bytes
     return key_bytes + PAGE_BYTES * -(-(value_bytes + 16) // PAGE_BYTES)
-
-
-def logits_charge(value_bytes: int) -> int:
-    """Return what stored logits count for."""
-    return charge(DIGEST_BYTES, value_bytes)
 
 
 @dataclass(slots=True)
@@ -169,17 +171,21 @@ def is_alive(data: memoryview | None, now: float) -> bool:
 
 @dataclass(frozen=True)
 class Limits:
-    """What a store may hold: settings that all processes read with every put.
+    """What a store may hold, and how blobs are stored: settings that all processes read with every put.
 
     ``quota_bytes`` is 0 where there is none.
     """
 
     quota_bytes: int = 0
     policy: str = DEFAULT_POLICY
+    compression: str = DEFAULT_COMPRESSION
 
     def write(self, writer: Writer) -> None:
         """Store the settings."""
-        writer.put(META, LIMITS_KEY, pack_record(LIMITS_KEY, {"quota_bytes": self.quota_bytes, "policy": self.policy}))
+        fields = asdict(self)
+        if self.compression == DEFAULT_COMPRESSION:  # as every version of the format knows it
+            del fields["compression"]
+        writer.put(META, LIMITS_KEY, pack_record(LIMITS_KEY, fields))
 
 
 def read_limits(reader: Reader) -> Limits:
@@ -187,8 +193,9 @@ def read_limits(reader: Reader) -> Limits:
     found = _fields(reader, LIMITS_KEY)
     if found is None:
         return Limits()
-    limits = Limits(found.get("quota_bytes", 0), found.get("policy", DEFAULT_POLICY))
-    if type(limits.quota_bytes) is not int or limits.quota_bytes < 0 or limits.policy not in POLICIES:
+    limits = Limits(**{name: found[name] for name in vars(Limits()) if name in found})
+    is_sound = type(limits.quota_bytes) is int and limits.quota_bytes >= 0
+    if not is_sound or limits.policy not in POLICIES or limits.compression not in COMPRESSIONS:
         raise CorruptDataError("the store's limits cannot be", "set them again: `promptdb limits`")
     return limits
 
@@ -263,9 +270,7 @@ def read_ttl(reader: Reader, namespace: str) -> float | None:
 def read_ttls(reader: Reader) -> dict[str, float]:
     """Return all times to live by namespace."""
     found = {}
-    for key, data in reader.scan(META, TTL_KEY):
-        if not key.startswith(TTL_KEY):
-            break
+    for key, data in reader.scan(META, prefix=TTL_KEY):
         namespace, ttl_s = _ttl_of(unpack_record(key, data))
         found[namespace] = ttl_s
     return found

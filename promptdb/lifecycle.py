@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 from promptdb.collect import GcReport, collect
@@ -15,8 +16,22 @@ from promptdb.format import LIFE, NODES, NodeRecord
 from promptdb.keys import Root, pack_tokens
 from promptdb.labels import PIN, TAG, Label, check_name, read_labels
 from promptdb.ledger import Ledger, with_ledger
-from promptdb.life import NEVER, POLICIES, Life, Limits, is_alive, read_limits, read_ttls, read_usage, write_ttl
+from promptdb.life import (
+    COMPRESSIONS,
+    DEFAULT_COMPRESSION,
+    NEVER,
+    POLICIES,
+    Life,
+    Limits,
+    is_alive,
+    read_limits,
+    read_ttls,
+    read_usage,
+    write_ttl,
+)
+from promptdb.packing import check_available
 from promptdb.pins import add_label, remove_labels
+from promptdb.rebuild import FIRST_VERSION_WITH_CODING, require_version
 from promptdb.served import Served, Tally, read_served, write_served
 from promptdb.verify import verify
 
@@ -33,14 +48,18 @@ _FLUSH_USES = 1024
 _EVICT_NODES = 4096
 
 
-def check_limits(quota_bytes: int | None, policy: str | None) -> None:
-    """Raise what is wrong with a quota or a policy."""
+def check_limits(quota_bytes: int | None, policy: str | None, compression: str | None = None) -> None:
+    """Raise what is wrong with a quota, a policy or a compression."""
     if quota_bytes is not None and type(quota_bytes) is not int:
         raise InputTypeError(f"quota_bytes must be an int, not {type(quota_bytes).__name__}")
     if quota_bytes is not None and not 0 <= quota_bytes < 1 << 62:
         raise StoreError(f"quota_bytes is {quota_bytes}", "choose a number of bytes, or 0 for no quota")
     if policy is not None and policy not in POLICIES:
         raise StoreError(f"policy is {policy!r}", f"choose one of {', '.join(POLICIES)}")
+    if compression is not None and compression not in COMPRESSIONS:
+        raise StoreError(f"compression is {compression!r}", f"choose one of {', '.join(COMPRESSIONS)}")
+    if compression not in (None, DEFAULT_COMPRESSION):
+        check_available()
 
 
 class CompactReport(NamedTuple):
@@ -69,7 +88,7 @@ class Lifecycle:
     # Limits
 
     def limits(self) -> Limits:
-        """Return the quota in bytes (0: none) and the policy of eviction."""
+        """Return the quota in bytes (0: none), the policy of eviction, and how blobs are compressed."""
         with self._index.read() as reader:
             return read_limits(reader)
 
@@ -103,10 +122,11 @@ class Lifecycle:
 
         def work(ledger: Ledger) -> None:
             old = ledger.limits
-            ledger.limits = Limits(old.quota_bytes if quota_bytes is None else quota_bytes, policy or old.policy)
+            quota = old.quota_bytes if quota_bytes is None else quota_bytes
+            ledger.limits = replace(old, quota_bytes=quota, policy=policy or old.policy)
             ledger.limits.write(ledger.writer)
             if ledger.limits.policy != old.policy:
-                for node in [node for node, _ in ledger.writer.scan(LIFE)]:
+                for node in list(ledger.writer.keys(LIFE)):
                     ledger.rank_again(node)
             ledger.write()
             keep_quota(ledger)
@@ -122,6 +142,34 @@ class Lifecycle:
                 lambda ledger: evict(ledger, enough_bytes=goal_bytes, goal_bytes=goal_bytes, max_nodes=_EVICT_NODES),
             ):
                 pass
+
+    def set_compression(self, compression: str) -> None:
+        """Set how blobs are stored from now on, by all processes. What is stored stays as it is.
+
+        Parameters
+        ----------
+        compression : ``"zstd"``: byte planes apart, then zstd, where that makes a blob smaller by a page and a
+            sixteenth at least; lossless. ``"off"``: as they are.
+
+        Raises
+        ------
+        MissingLibraryError
+            zstandard is not installed.
+
+        Notes
+        -----
+        With ``"zstd"`` the store becomes one of format version 3, which older versions of promptdb refuse. See
+        docs/lifecycle.md for what it costs.
+        """
+        check_limits(None, None, compression)
+
+        def work(ledger: Ledger) -> None:
+            if compression != DEFAULT_COMPRESSION:
+                require_version(ledger.writer, FIRST_VERSION_WITH_CODING)
+            ledger.limits = replace(ledger.limits, compression=compression)
+            ledger.limits.write(ledger.writer)
+
+        with_ledger(self._index, self._clock(), work)
 
     def set_ttl(self, ttl_s: float | None, *, namespace: str = "") -> None:
         """Set how long spans live that are stored in a namespace from now on, unless a put says otherwise.

@@ -119,13 +119,25 @@ class _MemoryTransaction:
         value = self._tables[table].values.get(key)
         return None if value is None else memoryview(value)
 
-    def scan(self, table: str, start: bytes = b"") -> Iterator[Item]:
+    def size(self, table: str, key: bytes) -> int | None:
+        value = self._tables[table].values.get(key)
+        return None if value is None else len(value)
+
+    def scan(self, table: str, start: bytes = b"", prefix: bytes = b"") -> Iterator[Item]:
         keys, values = self._tables[table].keys, self._tables[table].values
-        for at in range(bisect_left(keys, start), len(keys)):
+        for at in range(bisect_left(keys, max(start, prefix)), len(keys)):
+            if not keys[at].startswith(prefix):
+                return
             yield keys[at], memoryview(values[keys[at]])
+
+    def keys(self, table: str, prefix: bytes = b"") -> Iterator[bytes]:
+        return (key for key, _ in self.scan(table, prefix=prefix))
 
     def count(self, table: str) -> int:
         return len(self._tables[table].keys)
+
+    def stored_sizes(self, table: str, key_bytes: int, value_bytes: int) -> tuple[int, int]:
+        return key_bytes, value_bytes
 
     def put(self, table: str, key: bytes, value: bytes | bytearray | memoryview) -> None:
         self._before.append((table, key, self._tables[table].values.get(key)))

@@ -9,6 +9,7 @@ from pathlib import Path
 from promptdb.errors import CorruptDataError, FormatVersionError, NotAStoreError
 from promptdb.format import FORMAT_VERSION, META, STORE_KEY, unpack_record
 from promptdb.opening import open_index
+from promptdb.rebuild import FIRST_VERSION_WITH_LIFE
 from promptdb.tables import Reader, Writer
 from promptdb.verify import repair, verify
 
@@ -65,8 +66,8 @@ def migrate(path: str | os.PathLike[str], *, keep: bool = False) -> MigrationRep
             version = _version(reader, directory)
     finally:
         index.close()
-    if version == FORMAT_VERSION:
-        return MigrationReport(version, version)
+    if version >= FIRST_VERSION_WITH_LIFE:
+        return MigrationReport(version, version)  # newer ones differ in what they use: nothing of it is missing
     return _migrate(directory, version, keep=keep)
 
 
@@ -111,6 +112,6 @@ def _migrate(directory: Path, version: int, *, keep: bool) -> MigrationReport:
     finally:
         index.close()
     if keep or removed:
-        return MigrationReport(version, FORMAT_VERSION, removed, kept)
+        return MigrationReport(version, FIRST_VERSION_WITH_LIFE, removed, kept)
     kept.unlink()
-    return MigrationReport(version, FORMAT_VERSION)
+    return MigrationReport(version, FIRST_VERSION_WITH_LIFE)

@@ -155,7 +155,7 @@ class Outgoing:
             digest = hasher.at(position)
             if _first_child(snapshot.reader, digest, digest)[0]:
                 attached.append((position, digest))
-            if snapshot.reader.get(LOGITS, digest) is not None:
+            if snapshot.reader.size(LOGITS, digest) is not None:
                 logits.append((position, digest))
         return OutgoingSpan(node, record, blobs, attached, logits)
 
@@ -174,8 +174,8 @@ class _Level:
 
 def _first_child(reader: Reader, digest: bytes, after: bytes) -> tuple[bytes, bytes]:
     """Return key and node ID of the first entry of the child index under a digest, from a key on; empty if none."""
-    for key, value in reader.scan(CHILDREN, after):
-        return (key, bytes(value[:DIGEST_BYTES])) if key.startswith(digest) else (b"", b"")
+    for key, value in reader.scan(CHILDREN, after, digest):
+        return key, bytes(value[:DIGEST_BYTES])
     return b"", b""
 
 

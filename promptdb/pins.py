@@ -64,7 +64,7 @@ def remove_spans(ledger: Ledger, nodes: Sequence[bytes], *, labels_too: bool) ->
             if each in held or life is None or not life.pinned_unix_s:
                 break
             held.add(each)
-    if labels_too and next(ledger.writer.scan(LABELS), None) is not None:
+    if labels_too and next(ledger.writer.keys(LABELS), None) is not None:
         for label in [each for node in nodes for kind in KINDS for each in read_labels(ledger.writer, kind, node)]:
             ledger.writer.delete(LABELS, label.key)
     removed = sum(map(ledger.remove, reversed(nodes)))

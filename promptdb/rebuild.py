@@ -8,15 +8,28 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from promptdb.errors import CorruptDataError
-from promptdb.format import LIFE, LOGITS, META, NODES, QUEUE, STORE_KEY, NodeRecord, pack_record, unpack_record
+from promptdb.format import (
+    BLOBS,
+    CHILDREN,
+    LIFE,
+    LOGITS,
+    META,
+    NODES,
+    QUEUE,
+    STORE_KEY,
+    NodeRecord,
+    pack_record,
+    unpack_record,
+)
 from promptdb.keys import DIGEST_BYTES, TOKEN_BYTES, PrefixHasher, num_tokens
 from promptdb.labels import PIN, read_labels
-from promptdb.life import NEVER, NODE_BYTES, Life, Usage, charge, logits_charge, priority, read_limits, read_usage
+from promptdb.life import NEVER, NODE_BYTES, Life, Usage, charge, priority, read_limits, read_usage
 from promptdb.snapshot import logits_owner
 from promptdb.tables import Reader, Writer
 from promptdb.trie import descendants
 
 FIRST_VERSION_WITH_LIFE = 2
+FIRST_VERSION_WITH_CODING = 3
 NOBODY = b"\xff" * DIGEST_BYTES
 """Stands for a parent that is gone and whose ID is not known."""
 
@@ -31,14 +44,18 @@ class _Place(NamedTuple):
     first: bytes  # token
 
 
-def record_charge(record: NodeRecord, record_bytes: int) -> int:
-    """Return what a node is charged without its logits."""
-    span_bytes = len(record.span)
-    total = NODE_BYTES + charge(DIGEST_BYTES, record_bytes)
-    total += charge(DIGEST_BYTES + TOKEN_BYTES, DIGEST_BYTES + span_bytes)
+def record_charge(reader: Reader, record: NodeRecord, record_bytes: int) -> int:
+    """Return what a node is charged without its logits, in the store of ``reader``."""
+    total = NODE_BYTES + charge(*reader.stored_sizes(NODES, DIGEST_BYTES, record_bytes))
+    total += charge(*reader.stored_sizes(CHILDREN, DIGEST_BYTES + TOKEN_BYTES, DIGEST_BYTES + len(record.span)))
     for kind, blob in record.blobs.items():
-        total += charge(DIGEST_BYTES + len(kind.encode()), blob.size_bytes)
+        total += charge(*reader.stored_sizes(BLOBS, DIGEST_BYTES + len(kind.encode()), blob.size_bytes))
     return total
+
+
+def logits_charge(reader: Reader, value_bytes: int) -> int:
+    """Return what stored logits count for, in the store of ``reader``."""
+    return charge(*reader.stored_sizes(LOGITS, DIGEST_BYTES, value_bytes))
 
 
 def saved_seconds(record: NodeRecord) -> float:
@@ -54,12 +71,17 @@ def upgrade(writer: Writer) -> Usage:
     -----
     Once for a store, with its first write by this version: about 50 microseconds a node, in one transaction.
     """
+    require_version(writer, FIRST_VERSION_WITH_LIFE)
+    return rebuild(writer)
+
+
+def require_version(writer: Writer, version: int) -> None:
+    """Raise the format version of a store, if it is lower: older programs would misread what is written now."""
     data = writer.get(META, STORE_KEY)
     if data is not None:
         fields = unpack_record(STORE_KEY, data)
-        if fields.get("format_version", 0) < FIRST_VERSION_WITH_LIFE:
-            writer.put(META, STORE_KEY, pack_record(STORE_KEY, {**fields, "format_version": FIRST_VERSION_WITH_LIFE}))
-    return rebuild(writer)
+        if fields.get("format_version", 0) < version:
+            writer.put(META, STORE_KEY, pack_record(STORE_KEY, {**fields, "format_version": version}))
 
 
 def rebuild(writer: Writer) -> Usage:
@@ -87,7 +109,7 @@ def rebuild(writer: Writer) -> Usage:
     usage.charged_bytes = sum(life.size_bytes for life in lives.values())
     usage.pinned_bytes = sum(life.size_bytes for life in lives.values() if life.pinned_unix_s)
     for table in (LIFE, QUEUE):
-        for key in [key for key, _ in writer.scan(table)]:
+        for key in list(writer.keys(table)):
             writer.delete(table, key)
     for node, life in lives.items():
         writer.put(LIFE, node, life.pack(node))
@@ -113,7 +135,7 @@ def _lives(writer: Writer, policy: str, inflation: float) -> tuple[dict[bytes, L
         except CorruptDataError:
             continue
         created = record.created_unix_s
-        size_bytes = record_charge(record, len(value))
+        size_bytes = record_charge(writer, record, len(value))
         life = Life(record.parent, 0, size_bytes, NEVER, 0.0, created, 0.0, saved_seconds(record), created)
         before = _sound_life(writer, node)
         if before is None:
@@ -128,7 +150,7 @@ def _lives(writer: Writer, policy: str, inflation: float) -> tuple[dict[bytes, L
         owner = lives.get(logits_owner(value))
         if owner is not None:
             owner.logits.append(digest)
-            owner.size_bytes += logits_charge(len(value))
+            owner.size_bytes += logits_charge(writer, len(value))
     return lives, places
 
 

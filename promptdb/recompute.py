@@ -44,7 +44,8 @@ class Recomputed:
     logprobs : largest difference of a token's log-probability, in nats.
     worst_node : the span with the largest difference relative to its layer's size, hex; empty without a sample.
     worst : that difference.
-    tolerance : the largest one that is rounding: 1e-4 in single precision, 0.1 in half.
+    tolerance : the largest one that is rounding: 1e-4 in single precision, 0.1 in half; or that of a codec, 0.1.
+    kv_codec : how keys and values were stored, if approximately.
     """
 
     num_spans: int
@@ -55,10 +56,11 @@ class Recomputed:
     worst_node: str
     worst: float
     tolerance: float
+    kv_codec: str = ""
 
     @property
     def is_exact(self) -> bool:
-        """Whether all of the sample is what the model computes, but for rounding. NaN is not."""
+        """Whether all of the sample is what the model computes, but for rounding and the codec. NaN is not."""
         return self.worst <= self.tolerance
 
 
@@ -99,7 +101,8 @@ def recompute(engine: Engine, sample: int, *, seed: int | None = None) -> Recomp
         for node in chosen:
             _compare(engine, node, errors)
     dtype = engine.model.dtype
-    return errors.summary(1e-4 if dtype in (torch.float32, torch.float64) else 0.1)
+    is_precise = dtype in (torch.float32, torch.float64) and not engine.kv_codec
+    return errors.summary(1e-4 if is_precise else 0.1, engine.kv_codec)
 
 
 class _Errors:
@@ -122,7 +125,7 @@ class _Errors:
         if not relative <= self.worst or not self.worst_node:
             self.worst, self.worst_node = relative, node
 
-    def summary(self, tolerance: float) -> Recomputed:
+    def summary(self, tolerance: float, kv_codec: str) -> Recomputed:
         """Return everything, by layer."""
         nothing = (0.0, 0.0)
         numbers = sorted({slot // 2 for slot in self.slots})
@@ -131,7 +134,7 @@ class _Errors:
         ]
         layers = tuple(LayerError(number, keys[0], values[0], keys[1], values[1]) for number, keys, values in pairs)
         counts = self.num_spans, self.num_tokens, self.num_skipped
-        return Recomputed(*counts, layers, self.logprobs, self.worst_node.hex(), self.worst, tolerance)
+        return Recomputed(*counts, layers, self.logprobs, self.worst_node.hex(), self.worst, tolerance, kv_codec)
 
 
 def _compare(engine: Engine, node: bytes, errors: _Errors) -> None:

@@ -89,7 +89,7 @@ class Registry:
     def add_tokenizer(self, tokenizer_id: str, fields: Mapping[str, Any]) -> None:
         """Enter a tokenizer unless it is known already."""
         with self._index.read() as reader:
-            known = reader.get(TOKENIZERS, bytes.fromhex(tokenizer_id)) is not None
+            known = reader.size(TOKENIZERS, bytes.fromhex(tokenizer_id)) is not None
         if not known:
             self._put(TOKENIZERS, bytes.fromhex(tokenizer_id), fields)
 

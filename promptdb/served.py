@@ -117,9 +117,7 @@ def unpack_served(key: bytes, data: memoryview | bytes) -> Served:
 def read_served(reader: Reader) -> dict[str, Served]:
     """Return what is stored, by weights ID. Counts that do not hold are left out: they are hints."""
     found = {}
-    for key, data in reader.scan(META, SERVED_KEY):
-        if not key.startswith(SERVED_KEY):
-            break
+    for key, data in reader.scan(META, prefix=SERVED_KEY):
         try:
             found[key[len(SERVED_KEY) :].hex()] = unpack_served(key, data)
         except CorruptDataError:

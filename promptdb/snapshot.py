@@ -13,6 +13,7 @@ from promptdb.errors import CorruptDataError
 from promptdb.format import BLOBS, CHECKSUM_BYTES, LIFE, LOGITS, NODES, NodeRecord, checksum
 from promptdb.keys import DIGEST_BYTES, TOKEN_BYTES, PrefixHasher, Root, node_id
 from promptdb.life import is_alive
+from promptdb.packing import unpack
 from promptdb.tables import Reader
 from promptdb.trie import Step, Walk, match
 
@@ -105,7 +106,7 @@ class Snapshot:
             walk = self._alive(walk, root, packed, now)
         if self._accesses is not None and walk.steps:
             self._accesses.touch(walk.steps[-1].node, now)
-        has_logits = walk.num_tokens > 0 and reader.get(LOGITS, walk.end_digest) is not None
+        has_logits = walk.num_tokens > 0 and reader.size(LOGITS, walk.end_digest) is not None
         return Match(root, packed, walk.steps, walk.num_tokens, has_logits)
 
     def _alive(self, walk: Walk, root: Root, packed: bytes, now: float) -> Walk:
@@ -152,7 +153,7 @@ class Snapshot:
             )
         if not self._verified.holds(key, data, entry.checksum):
             raise CorruptDataError(f"the checksum of blob {kind} of node {node[:8].hex()} does not hold")
-        return parse_blob(data)
+        return parse_blob(unpack(data))
 
     def logits(self, prefix_digest: bytes) -> TensorView | None:
         """Return the next-token logits after a prefix, shape ``[vocabulary]``, or None if they are not stored.
@@ -168,7 +169,7 @@ class Snapshot:
         content = data[CHECKSUM_BYTES:]
         if not self._verified.holds(prefix_digest, content, bytes(data[:CHECKSUM_BYTES])):
             raise CorruptDataError(f"the checksum of the logits after {prefix_digest[:8].hex()} does not hold")
-        tensors = parse_blob(content[DIGEST_BYTES:])
+        tensors = parse_blob(unpack(content[DIGEST_BYTES:]))
         if "logits" not in tensors:
             raise CorruptDataError(f"no logits in the blob after {prefix_digest[:8].hex()}")
         return tensors["logits"]

@@ -94,7 +94,7 @@ class Storer:
                 start,
                 end,
                 source.layout,
-                encode_span(source, start + shift, end + shift, scores[start - first : end - first]),
+                encode_span(source, start + shift, end + shift, scores[start - first : end - first], root.kv_codec),
                 compute_s_per_token * (end - start),
                 provenance,
             )
@@ -127,7 +127,7 @@ def from_position(payloads: Sequence[SpanPayload], position: int) -> list[SpanPa
                 position,
                 payload.end,
                 payload.layout,
-                trim_blobs(payload.blobs, payload.layout, position - payload.start),
+                trim_blobs(payload.blobs, position - payload.start),
                 payload.compute_s * left / (payload.end - payload.start),
                 payload.provenance,
             )

@@ -13,6 +13,9 @@ from typing import NamedTuple, Protocol, TypeVar
 
 Result = TypeVar("Result")
 
+MAX_KEY_BYTES = 479
+"""LMDB takes keys of 511 bytes, and one that is encrypted is up to 32 bytes longer."""
+
 # A view's bytes are valid until the transaction that returned it ends; whoever keeps them must copy them before.
 Item = tuple[bytes, memoryview]
 
@@ -29,13 +32,26 @@ class Reader(Protocol):
     """A consistent snapshot of all tables. Belongs to one thread."""
 
     def get(self, table: str, key: bytes) -> memoryview | None:
-        """Return the value under ``key``, or None."""
+        """Return the value under ``key``, or None. One that was damaged may be returned empty."""
 
-    def scan(self, table: str, start: bytes = b"") -> Iterator[Item]:
-        """Yield items from ``start`` on, in the order of the keys' bytes. The table must not be written meanwhile."""
+    def size(self, table: str, key: bytes) -> int | None:
+        """Return the length of the value under ``key`` without reading it, or None."""
+
+    def scan(self, table: str, start: bytes = b"", prefix: bytes = b"") -> Iterator[Item]:
+        """Yield items from ``start`` on whose keys begin with ``prefix``, in the order of the keys' bytes.
+
+        The table must not be written meanwhile. Whoever wants one group of keys names it as ``prefix``: an index need
+        not keep keys of different groups in their order, and then has to sort them.
+        """
+
+    def keys(self, table: str, prefix: bytes = b"") -> Iterator[bytes]:
+        """Yield the keys that begin with ``prefix`` as :meth:`scan` does, without reading values."""
 
     def count(self, table: str) -> int:
         """Return how many items the table has."""
+
+    def stored_sizes(self, table: str, key_bytes: int, value_bytes: int) -> tuple[int, int]:
+        """Return how long key and value of an item are as they are stored, of which quotas are charged."""
 
 
 class Writer(Reader, Protocol):
@@ -51,7 +67,8 @@ class Writer(Reader, Protocol):
 class Index(Protocol):
     """An open store. Thread safe: any number of readers beside one writer.
 
-    Keys have 1 to 511 bytes. Every method but ``close`` raises :class:`~promptdb.errors.StoreError` once it is closed.
+    Keys have 1 to :data:`MAX_KEY_BYTES` bytes. Every method but ``close`` raises
+    :class:`~promptdb.errors.StoreError` once it is closed.
     """
 
     readonly: bool

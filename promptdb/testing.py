@@ -20,6 +20,7 @@ The oracles are a dict and a list: they know nothing of trees, cuts or transacti
 from __future__ import annotations
 
 import shutil
+import struct
 import tempfile
 import threading
 from abc import abstractmethod
@@ -35,14 +36,13 @@ from promptdb.blobs import TensorSpec, build_blob
 from promptdb.commits import SpanPayload
 from promptdb.db import PromptDB
 from promptdb.errors import StoreError
-from promptdb.format import BLOBS, CHILDREN, META, NODES, Group
+from promptdb.format import BLOBS, CHILDREN, LABELS, META, NODES, QUEUE, Group
 from promptdb.keys import Root, pack_tokens, unpack_tokens
-from promptdb.tables import Index, Item, Reader, Writer
+from promptdb.tables import MAX_KEY_BYTES, Index, Item, Reader, Writer
 from promptdb.trie import cut
 
 __all__ = ["IndexContract", "StoreMachine", "encode_tokens", "scratch_directory"]
 
-LONGEST_KEY_BYTES = 511
 _TIMEOUT_S = 30.0
 
 
@@ -128,11 +128,11 @@ class IndexContract:
             assert reader.get(META, b"k") is None
 
     def test_extreme_keys_and_values(self, index: Index) -> None:
-        """Keys of 1 to 511 bytes, empty values, and values of megabytes."""
+        """Keys of one byte and of as many as there may be, empty values, and values of megabytes."""
         items = {
             b"\x00": b"",
-            b"\xff" * LONGEST_KEY_BYTES: b"longest key",
-            b"\x00" * LONGEST_KEY_BYTES: b"zeros",
+            b"\xff" * MAX_KEY_BYTES: b"longest key",
+            b"\x00" * MAX_KEY_BYTES: b"zeros",
             b"big": bytes(range(256)) * (3 << 12),
         }
 
@@ -156,6 +156,61 @@ class IndexContract:
         with index.read() as reader:
             for probe in [*keys, b"\x00\x00", b"a\x01", b"a\x81", b"c", b"\xff\xff"]:
                 assert _items(reader.scan(CHILDREN, probe)) == [(k, b"<" + k) for k in keys if k >= probe]
+                within = [k for k in keys if k.startswith(probe)]
+                assert _items(reader.scan(CHILDREN, prefix=probe)) == [(k, b"<" + k) for k in within]
+                assert list(reader.keys(CHILDREN, probe)) == within
+                assert [k for k, _ in reader.scan(CHILDREN, b"a\x01", probe)] == [k for k in within if k >= b"a\x01"]
+            assert list(reader.keys(CHILDREN)) == keys
+
+    def test_keys_of_a_store(self, index: Index) -> None:
+        """Children of one digest, labels of one span and the queue are scanned one group at a time, in order."""
+        digests = [bytes([number]) * 32 for number in (7, 200, 8)]
+        tokens = [number.to_bytes(4, "big") for number in (0, 1, 255, 256, 2**32 - 1)]
+        names = [b"", b"a", b"a\xc3\xa9", b"n" * 400]
+        numbers = [bytes([kind]) + struct.pack(">d", number) for kind in (0, 1) for number in (0.0, 0.5, 7.0, 1e9)]
+
+        def work(writer: Writer) -> None:
+            for digest in digests:
+                for token in reversed(tokens):
+                    writer.put(CHILDREN, digest + token, token)
+                for name in reversed(names):
+                    writer.put(LABELS, b"p" + digest + name, name)
+                    writer.put(LABELS, b"t" + digest + name, name)
+            for place, number in enumerate(reversed(numbers)):
+                writer.put(QUEUE, number + digests[place % 3], b"")
+
+        index.transact(work)
+        with index.read() as reader:
+            for digest in digests:
+                assert list(reader.keys(CHILDREN, digest)) == [digest + token for token in tokens]
+                assert _items(reader.scan(CHILDREN, digest + tokens[1] + b"\0", digest)) == [
+                    (digest + token, token) for token in tokens[2:]
+                ]
+                assert list(reader.keys(LABELS, b"t" + digest)) == [b"t" + digest + name for name in names]
+                assert list(reader.keys(LABELS, b"p" + digest + b"a")) == [b"p" + digest + name for name in names[1:3]]
+            assert len(list(reader.keys(LABELS, b"p"))) == len(digests) * len(names)
+            assert list(reader.keys(LABELS)) == sorted(reader.keys(LABELS))
+            assert list(reader.keys(CHILDREN)) == sorted(digest + token for digest in digests for token in tokens)
+            assert [key[:9] for key in reader.keys(QUEUE, b"\x01")] == numbers[4:]
+            assert [key[:9] for key in reader.keys(QUEUE)] == numbers
+
+    def test_size(self, index: Index) -> None:
+        """How long a value is; an empty one is there."""
+        index.transact(lambda writer: writer.put(BLOBS, b"empty", b""))
+        index.transact(lambda writer: writer.put(BLOBS, b"k", bytes(100_000)))
+        with index.read() as reader:
+            assert reader.size(BLOBS, b"empty") == 0
+            assert reader.size(BLOBS, b"k") == 100_000
+            assert reader.size(BLOBS, b"other") is None
+            assert reader.size(NODES, b"k") is None
+
+    def test_sizes(self, index: Index) -> None:
+        """What an item takes is no less than what was put, and the same for all values of a length."""
+        with index.read() as reader:
+            key_bytes, value_bytes = reader.stored_sizes(CHILDREN, 36, 1000)
+            assert key_bytes >= 36
+            assert value_bytes >= 1000
+            assert reader.stored_sizes(CHILDREN, 36, 1001) == (key_bytes, value_bytes + 1)
 
     def test_raising_undoes_everything(self, index: Index) -> None:
         """All of a transaction is there, or nothing."""

@@ -131,9 +131,7 @@ def detach(writer: Writer, child_hash: bytes, span: bytes) -> bool:
 
 def children(reader: Reader, child_hash: bytes) -> Iterator[tuple[bytes, bytes]]:
     """Yield (node ID, packed tokens) of every span conditioned on ``child_hash``, in the order of their tokens."""
-    for key, value in reader.scan(CHILDREN, child_hash):
-        if not key.startswith(child_hash):
-            return
+    for _, value in reader.scan(CHILDREN, prefix=child_hash):
         yield _read_child(value)
 
 

@@ -92,10 +92,10 @@ def verify(reader: Reader) -> list[Problem]:
             report(CHILDREN, key, "a node is not in the child index")
         elif bytes(entry) != node + record.span:
             report(CHILDREN, key, "an entry names another node or other tokens")
-    for key, _ in reader.scan(BLOBS):
+    for key in reader.keys(BLOBS):
         if key not in blob_keys:
             report(BLOBS, key, "no record owns this blob")
-    for key, _ in reader.scan(CHILDREN):
+    for key in reader.keys(CHILDREN):
         if key not in child_keys:
             report(CHILDREN, key, "an entry without a node")
     for digest, value in reader.scan(LOGITS):
@@ -159,7 +159,7 @@ def repair(writer: Writer, *, read_blobs: bool) -> int:
             if node_id(record.child_hash, record.span) != node:
                 raise CorruptDataError("the record belongs to another span")
             for kind in record.blobs:
-                missing = writer.get(BLOBS, node + kind.encode()) is None
+                missing = writer.size(BLOBS, node + kind.encode()) is None
                 if missing or (read_blobs and snapshot.blob(node, record, kind) is None):
                     raise CorruptDataError(f"blob {kind} is missing")
         except CorruptDataError:
@@ -186,9 +186,9 @@ def repair(writer: Writer, *, read_blobs: bool) -> int:
                 records.append((table, key))
     records += unsound_settings(writer)
     records += [(NODES, node) for node in doomed] + [(LOGITS, digest) for digest in logits]
-    records += [(BLOBS, key) for key, _ in writer.scan(BLOBS) if key not in blob_keys]
-    records += [(CHILDREN, key) for key, _ in writer.scan(CHILDREN) if key not in entries]
-    records += [(ROOTS, key) for key, _ in writer.scan(ROOTS)]
+    records += [(BLOBS, key) for key in writer.keys(BLOBS) if key not in blob_keys]
+    records += [(CHILDREN, key) for key in writer.keys(CHILDREN) if key not in entries]
+    records += [(ROOTS, key) for key in writer.keys(ROOTS)]
     for table, key in records:
         writer.delete(table, key)
     for key, content in entries.items():

@@ -1,21 +1,24 @@
 """Write the small store that is kept in ``tests/data`` to prove that old stores stay readable.
 
     python scripts/make_old_store.py tests/data/store-v2
+    python scripts/make_old_store.py tests/data/store-v3 --coded    # compressed, and encrypted with KEY
 
 Run it once per format version and commit what it writes. Never rewrite an old one: it stands for what users have.
 """
 
 from __future__ import annotations
 
+import argparse
+import random
 import struct
-import sys
 from pathlib import Path
+from typing import Any
 from unittest.mock import Mock, patch
 
 from promptdb import PromptDB
 from promptdb.blobs import TensorSpec, build_blob
 from promptdb.commits import SpanPayload
-from promptdb.format import FORMAT_VERSION, Group
+from promptdb.format import Group
 from promptdb.keys import Root, pack_tokens
 from promptdb.trie import cut
 
@@ -27,6 +30,9 @@ PROMPT = [*range(100, 138), 2**32 - 1, 0]
 BRANCH = [*range(100, 110), 7, 7, 7]
 CHUNK = 16
 TTL_S, QUOTA_BYTES = 3.0e9, 1 << 20  # until 2118
+KEY = "0123456789abcdef" * 4
+# After how many tokens of PROMPT a store that is compressed has logits that are large enough for that.
+MANY_LOGITS_AFTER, NUM_LOGITS = 20, 20_000
 
 
 def value(slot: int, head: int, position: int, element: int) -> float:
@@ -56,18 +62,28 @@ def spans(tokens: list[int], start: int, boundaries: list[int]) -> list[SpanPayl
     return found
 
 
-def main(path: Path) -> None:
-    """Write the store to ``path``, the same bytes every time."""
+def many_logits() -> bytes:
+    """Return numbers that can be compressed, as those of a model can."""
+    source = random.Random(3)
+    return struct.pack(f"<{NUM_LOGITS}f", *(source.gauss() for _ in range(NUM_LOGITS)))
+
+
+def main(path: Path, *, coded: bool) -> None:
+    """Write the store to ``path``: the same bytes every time, unless it is encrypted."""
     if path.exists():
         raise SystemExit(f"{path} exists: an old store is never written again")
     clock = Mock(time=lambda: CREATED_UNIX_S)
     fixed = patch("promptdb.opening.__version__", "0")
     fixed_too = patch("promptdb.registry.time", clock)
-    limits = {"quota_bytes": QUOTA_BYTES, "policy": "lru", "clock": clock.time}
+    limits: dict[str, Any] = {"quota_bytes": QUOTA_BYTES, "policy": "lru", "clock": clock.time}
+    limits |= {"compression": "zstd", "key": KEY} if coded else {"key": ""}
     with fixed, fixed_too, PromptDB(path, chunk_tokens=CHUNK, map_bytes=1, **limits) as db:
         logits = build_blob([(TensorSpec("logits", "F32", (6,)), struct.pack("<6f", *range(6)))])
         packed = pack_tokens(PROMPT)
-        db.put(ROOT, packed, 0, lambda start: spans(PROMPT, start, [5]), {len(PROMPT): logits})
+        after = {len(PROMPT): logits}
+        if coded:
+            after[MANY_LOGITS_AFTER] = build_blob([(TensorSpec("logits", "F32", (NUM_LOGITS,)), many_logits())])
+        db.put(ROOT, packed, 0, lambda start: spans(PROMPT, start, [5]), after)
         db.put(ROOT, pack_tokens(BRANCH), 10, lambda start: spans(BRANCH, start, []))
         db.put(TENANT, pack_tokens(BRANCH), 0, lambda start: spans(BRANCH, start, []), {3: logits}, ttl_s=TTL_S)
         db.set_ttl(TTL_S, namespace=TENANT.namespace)
@@ -78,11 +94,17 @@ def main(path: Path) -> None:
         db.registry.add_tokenizer(ROOT.tokenizer_id, {"name": "bytes", "json": '{"model": "é"}', "verbatim": True})
         db.registry.add_checkpoint(bytes(range(32)), {"weights_id": ROOT.weights_id})
         assert db.verify() == []
+    with PromptDB(path, key=limits["key"], readonly=True) as db:
+        version = db.format_version
     (path / "lock.mdb").unlink()
     size_bytes = (path / "data.mdb").stat().st_size
-    assert size_bytes < 200_000
-    print(f"format {FORMAT_VERSION}: {size_bytes:,} bytes")
+    assert size_bytes < 250_000
+    print(f"format {version}: {size_bytes:,} bytes")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("path", type=Path)
+    parser.add_argument("--coded", action="store_true")
+    options = parser.parse_args()
+    main(options.path, coded=options.coded)

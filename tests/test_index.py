@@ -1,9 +1,11 @@
-"""The contract of tables, on LMDB and in memory."""
+"""The contract of tables: on LMDB and in memory, and encrypted in both."""
 
 from pathlib import Path
 
 from promptdb.index import LmdbIndex
 from promptdb.memory import MemoryIndex
+from promptdb.sealed import SealedIndex
+from promptdb.sealing import Sealer
 from promptdb.tables import Index
 from promptdb.testing import IndexContract
 
@@ -18,3 +20,15 @@ class TestMemoryIndex(IndexContract):
 
     def open_index(self, directory: Path) -> Index:
         return MemoryIndex()
+
+
+class TestSealedLmdbIndex(IndexContract):
+    def open_index(self, directory: Path) -> Index:
+        return SealedIndex(LmdbIndex(directory, map_bytes=1), Sealer(bytes(range(32))))
+
+
+class TestSealedMemoryIndex(IndexContract):
+    persistent = False
+
+    def open_index(self, directory: Path) -> Index:
+        return SealedIndex(MemoryIndex(), Sealer(bytes(32)))

@@ -1,6 +1,7 @@
 """Stores of every format version ever released stay readable, to the byte."""
 
 import math
+import random
 import shutil
 import struct
 import subprocess
@@ -13,9 +14,20 @@ from cli_tools import run, run_json
 
 from promptdb import PromptDB
 from promptdb.errors import FormatVersionError, StoreError
-from promptdb.format import FORMAT_VERSION, META, STORE_KEY, TABLES, BlobEntry, Group, unpack_record
+from promptdb.format import (
+    FORMAT_VERSION,
+    LOGITS,
+    META,
+    SEAL_KEY,
+    STORE_KEY,
+    TABLES,
+    BlobEntry,
+    Group,
+    unpack_record,
+)
 from promptdb.keys import Root, pack_tokens, prefix_digests
 from promptdb.migrate import migrate
+from promptdb.packing import is_packed, unpack
 from promptdb.testing import encode_tokens
 
 DATA = Path(__file__).parent / "data"
@@ -24,7 +36,11 @@ SCRIPT = Path(__file__).parents[1] / "scripts" / "make_old_store.py"
 VERSIONS = {
     1: "a5d285395f13e0fffcf9e8170aeb19e002d6eb7bbe812f7f42759d55a4dda799",
     2: "eecebfe2e5ba512d15431383353dd3500e25380823b998a096d9328788bb5451",
+    3: "839b095cb23eb808c18b070c8f6374da05068c3ab54afb8df32882419a564acd",
 }
+# Of version 3 is what is compressed or encrypted; whatever is neither stays of this one.
+PLAIN_VERSION = 2
+KEY = "0123456789abcdef" * 4
 
 ROOT = Root("a1" * 32, "b2" * 32)
 TENANT = Root("a1" * 32, "b2" * 32, "tenant", "c3" * 32)
@@ -39,8 +55,10 @@ def version(request):
 
 
 @pytest.fixture
-def old(version, tmp_path):
+def old(version, tmp_path, monkeypatch):
     """A copy: even reading writes a lock file."""
+    if version == 3:
+        monkeypatch.setenv("PROMPTDB_KEY", KEY)
     return Path(shutil.copytree(DATA / f"store-v{version}", tmp_path / "store"))
 
 
@@ -74,13 +92,34 @@ def test_nothing_was_changed(old, version):
 
 def test_the_current_version_writes_the_same(tmp_path):
     done = subprocess.run([sys.executable, SCRIPT, tmp_path / "new"], check=True, timeout=60, capture_output=True)
+    assert done.stdout.startswith(b"format %d" % PLAIN_VERSION)
+    assert content_digest(tmp_path / "new") == VERSIONS[PLAIN_VERSION]
+
+
+def test_the_current_version_writes_the_same_but_for_random_numbers(tmp_path, monkeypatch):
+    """Of an encrypted store, what is decrypted, but for its key; of a compressed blob, what it holds."""
+    command = [sys.executable, SCRIPT, tmp_path / "new", "--coded"]
+    done = subprocess.run(command, check=True, timeout=60, capture_output=True)
     assert done.stdout.startswith(b"format %d" % FORMAT_VERSION)
-    assert content_digest(tmp_path / "new") == VERSIONS[FORMAT_VERSION]
+    monkeypatch.setenv("PROMPTDB_KEY", KEY)
+    contents = []
+    for path in (tmp_path / "new", Path(shutil.copytree(DATA / "store-v3", tmp_path / "old"))):
+        with PromptDB(path, readonly=True) as db, db.read() as snapshot:
+            content = {(table, key): bytes(value) for table in TABLES for key, value in snapshot.reader.scan(table)}
+        packed = {key for key, value in content.items() if key[0] == LOGITS and is_packed(value[48:])}
+        assert len(packed) == 1
+        for key in packed:
+            content[key] = bytes(unpack(memoryview(content[key])[48:]))
+        for key in ((META, SEAL_KEY), (META, b"usage")):  # the latter has the compressed size
+            del content[key]
+        # Sizes of what is compressed are in the totals and in the entry of its span.
+        contents.append({key: value for key, value in content.items() if key[0] not in ("roots", "life")})
+    assert contents[0] == contents[1]
 
 
 @pytest.mark.parametrize("readonly", [True, False])
 def test_settings_and_totals(old, version, readonly):
-    if not readonly and version < FORMAT_VERSION:
+    if not readonly and version < PLAIN_VERSION:
         return  # it is not written to
     with PromptDB(old, readonly=readonly, verify_reads="always") as db:
         assert db.verify() == []
@@ -177,7 +216,7 @@ def everything(path):
 
 
 def test_an_older_store_is_not_written_to(old, version):
-    if version == FORMAT_VERSION:
+    if version >= PLAIN_VERSION:
         with PromptDB(old):
             return
     with pytest.raises(FormatVersionError, match="promptdb migrate"):
@@ -190,11 +229,11 @@ def test_an_older_store_is_not_written_to(old, version):
 def test_migration(old, version, keep):
     before = everything(old)
     report = migrate(old, keep=keep)
-    assert (report.from_version, report.to_version, report.num_removed) == (version, FORMAT_VERSION, 0)
-    assert format_version(old) == FORMAT_VERSION
+    assert (report.from_version, report.to_version, report.num_removed) == (version, max(version, PLAIN_VERSION), 0)
+    assert format_version(old) == max(version, PLAIN_VERSION)
     assert everything(old) == before
     kept = old / f"data.mdb.v{version}"
-    assert kept.exists() == (keep and version < FORMAT_VERSION) == (report.kept is not None)
+    assert kept.exists() == (keep and version < PLAIN_VERSION) == (report.kept is not None)
     with PromptDB(old) as db:
         assert db.verify() == []
         longer = [*PROMPT, 5, 6]
@@ -204,7 +243,7 @@ def test_migration(old, version, keep):
         assert db.remove(lookup(db, PROMPT).steps[1].node) == 5
         assert lookup(db, longer).num_tokens == 5
         assert db.verify() == []
-    assert migrate(old).from_version == FORMAT_VERSION
+    assert migrate(old).from_version == max(version, PLAIN_VERSION)
     if kept.exists():  # as it was: put it back, and it is the old store
         kept.replace(old / "data.mdb")
         (old / "lock.mdb").unlink(missing_ok=True)
@@ -316,6 +355,22 @@ def test_limits_work(old, version):
     with PromptDB(old) as db:
         assert db.limits().quota_bytes == charged - 1
         assert db.verify() == []
+
+
+def test_what_version_3_added(tmp_path, monkeypatch):
+    monkeypatch.setenv("PROMPTDB_KEY", KEY)
+    old = Path(shutil.copytree(DATA / "store-v3", tmp_path / "store"))
+    with PromptDB(old, readonly=True, verify_reads="always") as db, db.read() as snapshot:
+        assert (db.is_encrypted, db.limits().compression) == (True, "zstd")
+        (digest,) = prefix_digests(ROOT.digest, pack_tokens(PROMPT), [20])
+        source = random.Random(3)
+        expected = struct.pack("<20000f", *(source.gauss() for _ in range(20_000)))
+        assert bytes(snapshot.logits(digest).data) == expected
+        assert snapshot.reader.size(LOGITS, digest) < len(expected)
+    content = (old / "data.mdb").read_bytes()
+    assert b"tenant" not in content
+    assert pack_tokens(PROMPT[:5]) not in content
+    assert pack_tokens(PROMPT[:5]) in (DATA / "store-v2" / "data.mdb").read_bytes()
 
 
 def test_what_version_2_added(tmp_path):

@@ -233,11 +233,10 @@ def test_spans_lose_their_first_tokens_together(db):
     model, tokenizer = shared_model("llama"), shared_tokenizer()
     with Engine(db, model, tokenizer) as engine:
         cache = engine.get(TEXT).past_key_values()
-        layout = engine._extender.layout
     scores = scores_of(*((-float(at), at + 100) for at in range(10)))
     whole = encode_span(KvSource(cache), 20, 30, scores)
     expected = encode_span(KvSource(cache), 23, 30, scores[3:])
-    trimmed = trim_blobs(whole, layout, 3)
+    trimmed = trim_blobs(whole, 3)
     assert {kind: bytes(blob) for kind, blob in trimmed.items()} == {
         kind: bytes(blob) for kind, blob in expected.items()
     }

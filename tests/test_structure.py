@@ -18,14 +18,14 @@ CLI = PACKAGE.parent / "cli"
 ORDER = (
     "version", "errors", "events",
     "hashing", "code_identity", "refusals", "identity", "tokenizer_identity", "watch", "checkpoint",
-    "keys", "tokens", "format", "blobs",
+    "keys", "tokens", "format", "blobs", "buffers", "packing",
     "tables", "filesystem", "memory", "presence", "reserve", "maplock", "lmdb_errors", "pages", "environment", "index",
-    "life", "labels", "served", "trie", "access", "snapshot", "registry",
+    "life", "userkey", "sealing", "sealed", "labels", "served", "trie", "access", "snapshot", "registry",
     "rebuild", "ledger", "pins", "eviction", "audit", "verify", "commits", "collect", "lifecycle", "opening", "db",
     "doctor", "metrics", "migrate", "testing",
     "frames", "streams", "intake", "outgoing", "deposit", "incoming", "archive", "backup",
     "cost", "explain",
-    "buffers", "ambient", "cache", "staging", "scores", "kv", "masks", "runner", "probe", "loader", "writer", "storer",
+    "ambient", "cache", "staging", "scores", "quantise", "kv", "masks", "runner", "probe", "loader", "writer", "storer",
     "representation", "loading",
     "generation", "extender", "tree", "plan", "levels", "forecast", "passes", "batch", "scoring", "registration",
     "engine", "recompute", "text",
@@ -36,13 +36,15 @@ ORDER = (
 
 # The only module that may import a library, or the only ones.
 OWNERS = {
+    "cryptography": {"sealing"},
     "lmdb": {"lmdb_errors", "pages", "environment", "index"},
     "msgpack": {"format"},
     "safetensors": set(),
+    "zstandard": {"packing"},
     "lm_eval": {"lm_eval"},
     "torch": {
         "arguments", "calls",
-        "identity", "watch", "buffers", "ambient", "cache", "staging", "scores", "kv", "masks", "runner", "probe",
+        "identity", "watch", "ambient", "cache", "staging", "scores", "quantise", "kv", "masks", "runner", "probe",
         "loader", "storer", "representation", "loading", "generation", "extender", "passes", "batch", "scoring",
         "engine", "recompute", "text", "demo_models", "demo_training", "demo",
     },
