@@ -140,7 +140,7 @@ def test_a_put_larger_than_the_quota_is_refused_and_evicts_nothing(db):
     with pytest.raises(QuotaExceededError):  # with what it stands on
         put(db, range(40), size=20_000)
     changing = {"file_bytes": 0, "used_bytes": 0, "free_bytes": 0}
-        assert {**db.stat(), **changing} == {**before, **changing}
+    assert {**db.stat(), **changing} == {**before, **changing}
     assert found(db, range(16)) == 16
     put(db, range(100, 116), size=20_000)
 
