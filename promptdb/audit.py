@@ -9,7 +9,18 @@ from typing import NamedTuple
 from promptdb.errors import CorruptDataError
 from promptdb.format import LABELS, LIFE, META, QUEUE, STORE_KEY, NodeRecord, unpack_record
 from promptdb.labels import PIN, next_pin_end, unpack_label
-from promptdb.life import LIMITS_KEY, TTL_KEY, USAGE_KEY, Life, Usage, logits_charge, read_limits, read_ttls, read_usage
+from promptdb.life import (
+    LIMITS_KEY,
+    TTL_KEY,
+    USAGE_KEY,
+    Life,
+    Usage,
+    charge,
+    logits_charge,
+    read_limits,
+    read_ttls,
+    read_usage,
+)
 from promptdb.rebuild import FIRST_VERSION_WITH_LIFE, record_charge
 from promptdb.tables import Reader
 
@@ -43,6 +54,10 @@ class Audit:
         """Note logits of a node whose record holds."""
         self._sizes[owner] += logits_charge(value_bytes)
         self._logits[owner].add(digest)
+
+    def activations(self, owner: bytes, key: bytes, value_bytes: int) -> None:
+        """Note recorded activations of a node whose record holds."""
+        self._sizes[owner] += charge(len(key), value_bytes)
 
     def findings(self) -> Iterator[Finding]:
         """Yield what does not hold."""

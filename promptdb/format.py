@@ -16,7 +16,7 @@ from xxhash import xxh3_128_digest
 from promptdb.errors import CorruptDataError
 from promptdb.keys import DIGEST_BYTES, TOKEN_BYTES, Root, num_tokens
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 # Named tables. Keys and values: FORMAT.md.
 META = "meta"
@@ -31,7 +31,10 @@ CHECKPOINTS = "checkpoints"
 LIFE = "life"
 QUEUE = "queue"
 LABELS = "labels"
-TABLES = (META, ROOTS, NODES, CHILDREN, BLOBS, LOGITS, MODELS, TOKENIZERS, CHECKPOINTS, LIFE, QUEUE, LABELS)
+ACTIVATIONS = "activations"
+TABLES = (
+    META, ROOTS, NODES, CHILDREN, BLOBS, LOGITS, MODELS, TOKENIZERS, CHECKPOINTS, LIFE, QUEUE, LABELS, ACTIVATIONS,
+)  # fmt: skip
 
 STORE_KEY = b"store"
 KV_BLOB = "kv"

@@ -8,7 +8,18 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from promptdb.errors import CorruptDataError
-from promptdb.format import LIFE, LOGITS, META, NODES, QUEUE, STORE_KEY, NodeRecord, pack_record, unpack_record
+from promptdb.format import (
+    ACTIVATIONS,
+    LIFE,
+    LOGITS,
+    META,
+    NODES,
+    QUEUE,
+    STORE_KEY,
+    NodeRecord,
+    pack_record,
+    unpack_record,
+)
 from promptdb.keys import DIGEST_BYTES, TOKEN_BYTES, PrefixHasher, num_tokens
 from promptdb.labels import PIN, read_labels
 from promptdb.life import NEVER, NODE_BYTES, Life, Usage, charge, logits_charge, priority, read_limits, read_usage
@@ -129,6 +140,10 @@ def _lives(writer: Writer, policy: str, inflation: float) -> tuple[dict[bytes, L
         if owner is not None:
             owner.logits.append(digest)
             owner.size_bytes += logits_charge(len(value))
+    for key, value in writer.scan(ACTIVATIONS):
+        owner = lives.get(key[:DIGEST_BYTES])
+        if owner is not None:
+            owner.size_bytes += charge(len(key), len(value))
     return lives, places
 
 
