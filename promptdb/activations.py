@@ -207,6 +207,14 @@ def blob_bytes(value_bytes: int) -> int:
     return value_bytes - CHECKSUM_BYTES
 
 
+class Shard(NamedTuple):
+    """Rows of one span: its node, how many tokens the span has, and how many of them have a row."""
+
+    node: bytes
+    span_tokens: int
+    num_rows: int
+
+
 @dataclass(frozen=True)
 class Piece:
     """Rows ``[first, first + count)`` of an entry are those of the prompt's positions from ``start`` on."""

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
-from promptdb.activations import Series, entry_of
+from promptdb.activations import Series, Shard, entry_of
 from promptdb.buffers import POOL
 from promptdb.errors import CorruptDataError, InputTypeError, NotRecordedError
 
@@ -22,14 +22,6 @@ if TYPE_CHECKING:
 __all__ = ["ActivationDataset"]
 
 _TORCH_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-
-
-class Shard(NamedTuple):
-    """Rows of one span: its node, how many tokens the span has, and how many of them have a row."""
-
-    node: bytes
-    span_tokens: int
-    num_rows: int
 
 
 class ActivationDataset(IterableDataset):  # type: ignore[type-arg]

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from promptdb.activations import Series, pieces, read_entry, series_of
+from promptdb.activations import Series, Shard, pieces, read_entry, series_of
 from promptdb.buffers import POOL
 from promptdb.commits import check_packed
 from promptdb.errors import CorruptDataError, InputTypeError, NotRecordedError, UnsupportedModelError
@@ -20,7 +20,7 @@ from promptdb.tokens import Encoder, as_prompt
 if TYPE_CHECKING:
     import torch
 
-    from promptdb.dataset import ActivationDataset, Shard
+    from promptdb.dataset import ActivationDataset
     from promptdb.registry import Registry
     from promptdb.snapshot import Match, Snapshot
     from promptdb.tables import Index, Reader
@@ -168,9 +168,9 @@ class Recall:
         """
         from promptdb.dataset import ActivationDataset
 
-        root = self._root_for(model, tokenizer, namespace, intervention)
-        name, layer = checked_point(point, layer)
-        series, shards = self._shards(root, name, layer, dtype)
+        series, shards = self._shards(
+            self._root_for(model, tokenizer, namespace, intervention), *checked_point(point, layer), dtype
+        )
         return ActivationDataset(
             self,  # type: ignore[arg-type] - a base of PromptDB
             series,
@@ -180,10 +180,24 @@ class Recall:
             seed=seed,
         )
 
+    def recorded_spans(
+        self,
+        point: str,
+        layer: int | None = None,
+        *,
+        dtype: str | None = None,
+        model: str | None = None,
+        tokenizer: str | None = None,
+        namespace: str = "",
+        intervention: str = "",
+    ) -> tuple[Root, Series, list[bytes]]:
+        """Return identity and series of a point's rows, and the spans that have some; as :meth:`activation_dataset`."""
+        root = self._root_for(model, tokenizer, namespace, intervention)
+        series, shards = self._shards(root, *checked_point(point, layer), dtype)
+        return root, series, [shard.node for shard in shards]
+
     def _shards(self, root: Root, name: str, layer: int | None, dtype: str | None) -> tuple[Series, list[Shard]]:
         """Return the only series of a point, and the spans that have rows of it."""
-        from promptdb.dataset import Shard
-
         found: dict[Series, list[Shard]] = {}
         suffix = Series.prefix(name, layer)
         with self._index.read() as reader:
