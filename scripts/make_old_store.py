@@ -1,6 +1,6 @@
 """Write the small store that is kept in ``tests/data`` to prove that old stores stay readable.
 
-    python scripts/make_old_store.py tests/data/store-v2
+    python scripts/make_old_store.py tests/data/store-v3
 
 Run it once per format version and commit what it writes. Never rewrite an old one: it stands for what users have.
 """
@@ -13,10 +13,12 @@ from pathlib import Path
 from unittest.mock import Mock, patch
 
 from promptdb import PromptDB
+from promptdb.activations import Series
 from promptdb.blobs import TensorSpec, build_blob
 from promptdb.commits import SpanPayload
 from promptdb.format import FORMAT_VERSION, Group
 from promptdb.keys import Root, pack_tokens
+from promptdb.recordings import RecordedRows
 from promptdb.trie import cut
 
 CREATED_UNIX_S = 1_700_000_000.0
@@ -56,6 +58,18 @@ def spans(tokens: list[int], start: int, boundaries: list[int]) -> list[SpanPayl
     return found
 
 
+def recorded(node: bytes, layer: int, offsets: list[int]) -> RecordedRows:
+    """Return made-up activations of some tokens of a span: a row of 3 numbers each."""
+    numbers = [100 * layer + offset + element / 4 for offset in offsets for element in range(3)]
+    tensors = [
+        (TensorSpec("rows", "F32", (len(offsets), 3)), struct.pack(f"<{len(numbers)}f", *numbers)),
+        (TensorSpec("offsets", "U32", (len(offsets),)), pack_tokens(offsets)),
+    ]
+    if offsets == list(range(len(offsets))):
+        del tensors[1]
+    return RecordedRows(node, Series("post-mlp", layer, "F32"), bytearray(16) + build_blob(tensors))
+
+
 def main(path: Path) -> None:
     """Write the store to ``path``, the same bytes every time."""
     if path.exists():
@@ -77,6 +91,8 @@ def main(path: Path) -> None:
         db.registry.update_rates(ROOT.weights_id, compute_tokens_per_s=1000.0)
         db.registry.add_tokenizer(ROOT.tokenizer_id, {"name": "bytes", "json": '{"model": "é"}', "verbatim": True})
         db.registry.add_checkpoint(bytes(range(32)), {"weights_id": ROOT.weights_id})
+        steps = db.lookup(PROMPT, model=ROOT.weights_id, tokenizer=ROOT.tokenizer_id).steps
+        db.put_activations([recorded(steps[1].node, 0, list(range(11))), recorded(steps[1].node, 1, [2, 7])])
         assert db.verify() == []
     (path / "lock.mdb").unlink()
     size_bytes = (path / "data.mdb").stat().st_size

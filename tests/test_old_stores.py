@@ -11,8 +11,11 @@ import pytest
 from blake3 import blake3
 
 from promptdb import PromptDB
+from promptdb.activations import Series, entry_of, series_of
+from promptdb.blobs import TensorSpec, build_blob
 from promptdb.format import FORMAT_VERSION, META, STORE_KEY, TABLES, BlobEntry, Group, unpack_record
 from promptdb.keys import Root, pack_tokens, prefix_digests
+from promptdb.recordings import RecordedRows
 from promptdb.testing import encode_tokens
 
 DATA = Path(__file__).parent / "data"
@@ -21,6 +24,7 @@ SCRIPT = Path(__file__).parents[1] / "scripts" / "make_old_store.py"
 VERSIONS = {
     1: "a5d285395f13e0fffcf9e8170aeb19e002d6eb7bbe812f7f42759d55a4dda799",
     2: "eecebfe2e5ba512d15431383353dd3500e25380823b998a096d9328788bb5451",
+    3: "a0841c8db62d05f80151c358317932c19089d7e1373498034057b6e7e6ae823a",
 }
 
 ROOT = Root("a1" * 32, "b2" * 32)
@@ -170,8 +174,9 @@ def test_it_is_written_on(old, version):
         assert db.remove(lookup(db, PROMPT).steps[1].node) == 5
         assert lookup(db, longer).num_tokens == 5
         assert db.verify() == []
-        with db.read() as snapshot:
-            assert unpack_record(STORE_KEY, snapshot.reader.get(META, STORE_KEY))["format_version"] == FORMAT_VERSION
+        with db.read() as snapshot:  # version 3 is for those that hold activations
+            found = unpack_record(STORE_KEY, snapshot.reader.get(META, STORE_KEY))["format_version"]
+        assert found == max(version, 2)
 
 
 def test_looking_up_does_not_change_the_version(old, version):
@@ -216,6 +221,35 @@ def test_what_version_2_added(tmp_path):
         assert lookup(db, BRANCH, TENANT).num_tokens == 0
         assert lookup(db, BRANCH).num_tokens == 13
         assert (db.pins(), db.gc().num_expired) == ([], 1)
+
+
+def test_what_version_3_added(tmp_path):
+    old = Path(shutil.copytree(DATA / "store-v3", tmp_path / "store"))
+    with PromptDB(old, readonly=True) as db, db.read() as snapshot:
+        node = lookup(db, PROMPT).steps[1].node
+        assert list(series_of(snapshot.reader, node)) == [
+            Series("post-mlp", 0, "F32"),
+            Series("post-mlp", 1, "F32"),
+        ]
+        whole = entry_of(snapshot, node, Series("post-mlp", 0, "F32"), 11)
+        assert (whole.rows.shape, list(whole.tokens())) == ((11, 3), list(range(11)))
+        assert list(whole.rows.floats()) == [offset + element / 4 for offset in range(11) for element in range(3)]
+        part = entry_of(snapshot, node, Series("post-mlp", 1, "F32"), 11)
+        assert (list(part.tokens()), list(part.rows.floats())) == ([2, 7], [102, 102.25, 102.5, 107, 107.25, 107.5])
+
+
+def test_activations_raise_the_version_of_an_older_store(old, version):
+    with PromptDB(old) as db:
+        node = lookup(db, PROMPT).steps[0].node
+        blob = build_blob([(TensorSpec("rows", "F32", (1, 2)), struct.pack("<2f", 1, 2))])
+        rows = RecordedRows(node, Series("post-mlp", 7, "F32"), bytearray(16) + blob)
+        assert db.put_activations([rows]).num_entries == 1
+        assert db.put_activations([rows]).num_entries == 0
+        with db.read() as snapshot:
+            assert unpack_record(STORE_KEY, snapshot.reader.get(META, STORE_KEY))["format_version"] == 3
+        assert db.verify() == []
+        db.remove(node)
+        assert db.verify() == []
 
 
 def sum_of_items(db):
