@@ -206,8 +206,7 @@ def others(model: Any, ids: torch.Tensor) -> dict[str, Callable[[], object]]:
 
         def traced() -> object:
             with wrapped.trace(ids):
-                saved = [block.output.save() for block in wrapped.transformer.h]
-            return saved
+                return [block.output.save() for block in wrapped.transformer.h]
 
         traced()
         found["nnsight"] = traced

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from time import perf_counter
@@ -113,7 +112,7 @@ def record(
                     done[2] += found.tokens_computed
                     _show(asked, found, rows, as_json=as_json)
                     if files and not as_json and done[0] % 1000 == 0:
-                        click.echo(f"{done[0]:,} prompts, {done[2]:,} tokens computed", err=sys.stderr)
+                        click.echo(f"{done[0]:,} prompts, {done[2]:,} tokens computed", err=True)
             written = db.stat()["blob_bytes"] - before
             took_s = perf_counter() - began - load_s
         feed.finish(done_before(done[0], "prompt", "recorded"))

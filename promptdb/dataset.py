@@ -90,7 +90,7 @@ class ActivationDataset(IterableDataset):  # type: ignore[type-arg]
     def __iter__(self) -> Iterator[torch.Tensor]:
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info is not None else (0, 1)
-        skip = max(0, -(-(self._skip - worker) // workers))  # a DataLoader takes from its workers in turns
+        worker, skip = self._place(worker, workers)
         if info is None and self._db is not None:
             yield from self._batches(self._db, worker, workers, skip)
             return
@@ -98,6 +98,24 @@ class ActivationDataset(IterableDataset):  # type: ignore[type-arg]
             raise InputTypeError("a store in memory cannot be read by other processes", "DataLoader(num_workers=0)")
         with self._kind(self._path, readonly=True) as db:
             yield from self._batches(db, worker, workers, skip)
+
+    def _place(self, worker: int, workers: int) -> tuple[int, int]:
+        """Return whose batches a worker gives, and how many of those are skipped.
+
+        A DataLoader takes from its workers in turns, from those that are left: the first one now goes on where it was.
+        """
+        left = [0] * workers
+        for number, block in enumerate(self._blocks()):
+            left[number % workers] += sum(shard.num_rows for shard in block)
+        left = [-(-rows // self.batch_size) for rows in left]
+        skipped, turn = [0] * workers, 0
+        for _ in range(min(self._skip, sum(left))):
+            while skipped[turn] == left[turn]:
+                turn = (turn + 1) % workers
+            skipped[turn] += 1
+            turn = (turn + 1) % workers
+        own = (worker + turn) % workers
+        return own, skipped[own]
 
     def _blocks(self) -> list[list[Shard]]:
         shards = list(self.shards)
@@ -131,14 +149,16 @@ class ActivationDataset(IterableDataset):  # type: ignore[type-arg]
             if left is not None:
                 rows = torch.cat((left, rows))
             whole = rows.shape[0] // self.batch_size * self.batch_size
-            yield from rows[:whole].split(self.batch_size)
+            if whole:  # no rows split into one empty batch
+                yield from torch.split(rows[:whole], self.batch_size)
             left = rows[whole:]
         if left is not None and left.shape[0]:
             yield left
 
     def _read(self, db: PromptDB, block: Sequence[Shard], count: int) -> torch.Tensor:
         memory: Any = None
-        target, at, shape = memoryview(b""), 0, ()
+        shape: tuple[int, ...] = ()
+        target, at = memoryview(b""), 0
         with db.read() as snapshot:
             for shard in block:
                 entry = entry_of(snapshot, shard.node, self.series, shard.span_tokens)

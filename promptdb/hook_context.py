@@ -80,7 +80,7 @@ def _integers(values: int | Iterable[int] | None, what: str) -> tuple[int, ...] 
         return None
     try:
         found = (values,) if hasattr(values, "__index__") else tuple(values)  # type: ignore[arg-type]
-        return tuple(operator.index(value) for value in found)  # type: ignore[arg-type]
+        return tuple(operator.index(value) for value in found)
     except TypeError as error:
         raise InputTypeError(f"{what} must be integers: {error}") from error
 

@@ -75,7 +75,11 @@ class Attachment:
         self._calls: dict[int, Call] = {}
         self._signature = inspect.signature(inner.forward)
         self._own_implementation: str | None = None
-        self._forget()
+        # Of the pass that runs: the first position, new and all tokens (None: no pass), and what the loss needs.
+        self._first, self._new = 0, 0
+        self._total: int | None = None
+        self._labels: Any = None
+        self._num_items: Any = None
         self._handles: list[Any] = []
         with _TAKEN:
             if inner in _ATTACHED:
@@ -275,7 +279,7 @@ class Attachment:
             raise ModelError(f"{N.UNREDUCED_LOSS}: the model was given no labels", "model(ids, labels=ids, pctx=pctx)")
         cache = given.get("past_key_values")
         self._labels, self._num_items = given.get("labels"), given.get("num_items_in_batch")
-        self._new = int(ids.shape[-1] if ids is not None else embeds.shape[-2]) if (ids, embeds) != (None, None) else 0
+        self._new = int(ids.shape[-1]) if ids is not None else int(embeds.shape[-2]) if embeds is not None else 0
         self._first = int(cache.get_seq_length()) if cache is not None else 0
         self._total = self._first + self._new
         self._fired.clear()
@@ -311,8 +315,7 @@ class Attachment:
 
     def _forget(self) -> None:
         self._first, self._new, self._total = 0, 0, None
-        self._labels: Any = None
-        self._num_items: Any = None
+        self._labels = self._num_items = None
 
     def _check(self) -> None:
         """Raise unless each point was reached once: a hook that never fires is worse than none."""

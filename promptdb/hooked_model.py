@@ -46,7 +46,7 @@ class HookedModel(torch.nn.Module):
                 "hooked(AutoModelForCausalLM.from_pretrained(...))",
             )
         super().__init__()
-        self.unhooked = model.unhooked if isinstance(model, HookedModel) else model
+        self.unhooked: Any = model.unhooked if isinstance(model, HookedModel) else model
         self.training = self.unhooked.training
 
     @classmethod

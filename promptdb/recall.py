@@ -172,7 +172,7 @@ class Recall:
             self._root_for(model, tokenizer, namespace, intervention), *checked_point(point, layer), dtype
         )
         return ActivationDataset(
-            self,  # type: ignore[arg-type] - a base of PromptDB
+            self,  # type: ignore[arg-type]
             series,
             shards,
             batch_size=batch_size,

@@ -199,8 +199,10 @@ class Recorder:
         rows = self._which.rows(0, total, total)
         positions = range(total) if rows is None else rows
         computed = 0
-        for _ in range(_ATTEMPTS):
+        for attempt in range(_ATTEMPTS):
             root = self.engine.root
+            if attempt:
+                self.engine._extender.held = None  # the engine believes that it is stored
             computed += work.ensure_stored(root, asked)
             match = work.match(root, asked.packed)
             if match.num_tokens < total:

@@ -8,7 +8,7 @@ from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from blake3 import blake3
 
@@ -126,7 +126,7 @@ def _entry(snapshot: Snapshot, node: bytes, series: Series) -> tuple[Entry, Node
     return entry, record
 
 
-def _write_shard(db: PromptDB, path: Path, root: Root, series: Series, nodes: Sequence[bytes]) -> dict[str, object]:
+def _write_shard(db: PromptDB, path: Path, root: Root, series: Series, nodes: Sequence[bytes]) -> dict[str, Any]:
     part = path.with_suffix(".part")
     with db.read() as snapshot, part.open("wb") as stream:
         found = [_entry(snapshot, node, series) for node in nodes]

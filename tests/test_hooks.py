@@ -78,6 +78,12 @@ def layer_of(model, arch, number):
     return model.get_submodule(f"{LAYERS.get(arch, 'model.layers')}.{number}")
 
 
+def left_behind(model):
+    """Return whether a hook of ours is still there; transformers leaves some of its own after output_hidden_states."""
+    hooks = [h for m in model.modules() for h in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())]
+    return any(hook.__module__.startswith("promptdb") for hook in hooks)
+
+
 def close(a, b, tolerance=1e-5):
     return torch.allclose(a, b, atol=tolerance * max(1.0, float(b.abs().max())), rtol=0)
 
@@ -156,21 +162,24 @@ def test_points_are_where_their_names_say(arch):
         assert not torch.equal(seen[N.PRE_MLP, number], seen[N.MLP_RESIDUAL, number])
 
 
+def _add_ramp(x, pctx):
+    return x + torch.linspace(1, 2, x.shape[-1])
+
+
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_plus_one_changes_the_logits_or_the_loss(arch):
+def test_adding_something_changes_the_logits_or_the_loss(arch):
     model = eager(arch)
-    plain = model(IDS, labels=IDS)
+    with torch.no_grad():
+        plain = model(IDS, labels=IDS)
     for name in points(arch):
-        # A number added to all scores of a row leaves their softmax as it is.
-        change = (lambda x, pctx: x + torch.arange(x.shape[-1])) if name in SCORES[:2] else (lambda x, pctx: x + 1)
+        # Not the same number everywhere: LayerNorm takes that off again, and softmax what is added to all keys.
+        change = (lambda x, pctx: x * 1.5) if name == N.KEY_STATES else _add_ramp
         out = run(model, [Hook(name, change)], labels=IDS)
-        changed = out.loss if name == N.UNREDUCED_LOSS else out.logits
-        same = plain.loss if name == N.UNREDUCED_LOSS else plain.logits
-        # To all keys as well: the softmax of each query does not see it, unless a norm or cap comes first.
-        if name == N.KEY_STATES:
-            out = run(model, [Hook(name, lambda x, pctx: x * 1.5)])
-            changed, same = out.logits, plain.logits
-        assert not close(changed, same), name
+        if name == N.UNREDUCED_LOSS:
+            assert out.loss > plain.loss + 1
+        else:
+            assert not close(out.logits, plain.logits), name
+    with torch.no_grad():
         assert torch.equal(model(IDS).logits, plain.logits)
 
 
@@ -330,7 +339,7 @@ def test_wrong_hooks_are_refused_and_leave_nothing_behind(make, reason):
     model = shared_model("gpt2")
     with pytest.raises(InputTypeError, match=reason):
         run(model, [make(lambda x, p: None)])
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert not left_behind(model)
 
 
 def test_an_error_in_a_hook_leaves_the_model_as_it_was():
@@ -345,7 +354,7 @@ def test_an_error_in_a_hook_leaves_the_model_as_it_was():
             run(model, [Hook(name, fail), Hook(N.ATTN_PROBS, lambda x, p: x)])
         assert model.config._attn_implementation == own
         assert torch.equal(model(IDS).logits, before), name
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert not left_behind(model)
 
 
 def test_handles_and_contexts_remove_hooks():
@@ -520,5 +529,5 @@ def test_logits_and_loss_of_models_that_cap_their_logits():
     out = run(model, [Hook(N.UNREDUCED_LOSS, lambda x, p: x * 3)], labels=labels)
     assert close(out.loss, 3 * model(IDS, labels=labels).loss)
     short = run(model, [Hook(N.LOGITS, lambda x, p: x * 2, positions=[0, -1])], logits_to_keep=2)
-    assert torch.equal(short.logits[:, 0], plain[:, -2])
-    assert torch.equal(short.logits[:, 1], plain[:, -1] * 2)
+    assert close(short.logits[:, 0], plain[:, -2])
+    assert close(short.logits[:, 1], plain[:, -1] * 2)

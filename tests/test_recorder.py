@@ -190,7 +190,8 @@ def test_activations_go_with_their_span(db, engine):
 
 
 def test_quota_and_eviction_count_activations(store_path):
-    with PromptDB(store_path, chunk_tokens=16) as db, Engine(db, shared_model("llama"), shared_tokenizer()) as engine:
+    model, tokenizer = shared_model("llama"), shared_tokenizer()
+    with PromptDB(store_path, chunk_tokens=16) as db, Engine(db, model, tokenizer, write_behind=False) as engine:
         Recorder(engine, N.POST_MLP).run([IDS])
         with_rows = db.stat()["charged_bytes"]
         db.set_quota(with_rows)
@@ -204,7 +205,6 @@ def test_quota_and_eviction_count_activations(store_path):
         db.set_quota(20_000)
         with pytest.raises(QuotaExceededError):
             Recorder(engine, [N.POST_MLP, N.POST_ACT]).run([IDS])
-        engine._extender.storer.queue._failures.clear()
         assert db.verify() == []
 
 
@@ -261,7 +261,8 @@ def test_stores_say_that_they_hold_activations(store_path):
 def test_what_cannot_be_recorded_is_refused(engine, points, options, error, reason):
     with pytest.raises(error, match=reason):
         Recorder(engine, points, **options)
-    assert not any(module._forward_hooks for module in engine.model.modules())
+    hooks = [hook for module in engine.model.modules() for hook in module._forward_hooks.values()]
+    assert not any(hook.__module__.startswith("promptdb") for hook in hooks)
 
 
 def test_engines_and_readers_that_cannot_be_used(db, store_path):
@@ -382,7 +383,7 @@ def test_what_cannot_be_identified_or_extended_is_refused(db):
     assert db.stat()["num_nodes"] == 0
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=6, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.lists(st.tuples(st.integers(0, 2), st.integers(1, 40), st.booleans()), min_size=2, max_size=6))
 def test_plain_and_intervened_runs_never_mix(steps):
     model = shared_model("gpt2")
@@ -421,14 +422,14 @@ def test_a_killed_recording_resumes_with_nothing_missing_or_doubled(store_path):
     command = [sys.executable, "-c", RECORD, str(store_path), "40"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         for line in process.stdout:
-            if int(line) == 9:
+            if int(line) == 4:
                 os.kill(process.pid, signal.SIGKILL)
                 break
-    prompts = [[number % 7] * 4 + [number, *range(60)] for number in range(20)]
+    prompts = [[number % 7] * 4 + [number, *range(60)] for number in range(8)]
     with PromptDB(store_path, chunk_tokens=16) as db, Engine(db, shared_model("llama"), shared_tokenizer()) as engine:
         assert db.verify() == []
         recordings = Recorder(engine, N.POST_MLP).run(prompts)
-        assert [each.tokens_computed for each in recordings[:10]] == [0] * 10
+        assert [each.tokens_computed for each in recordings[:5]] == [0] * 5
         distinct = {tuple(prompt[: n + 1]) for prompt in prompts for n in range(len(prompt))}
         assert all(each.num_rows >= len(distinct) for each in db.recorded())
         for prompt, found in zip(prompts, recordings, strict=True):
@@ -488,9 +489,10 @@ def test_a_dataset_gives_each_row_once_shuffled_and_resumes(store_path):
         several = list(DataLoader(data, batch_size=None, num_workers=2))
         assert rows_of(several) == stored
         assert sum(len(batch) for batch in several) == found.num_rows
-        data.resume(0, 5)
-        rest = list(DataLoader(data, batch_size=None, num_workers=2))
-        assert all(torch.equal(a, b) for a, b in zip(rest, several[5:], strict=True))
+        for skip in (5, len(several) - 2):
+            data.resume(0, skip)
+            rest = list(DataLoader(data, batch_size=None, num_workers=2))
+            assert all(torch.equal(a, b) for a, b in zip(rest, several[skip:], strict=True))
         with pytest.raises(NotRecordedError):
             db.activation_dataset(N.POST_MLP, 0)
         with pytest.raises(InputTypeError, match="batch_size"):
