@@ -79,7 +79,7 @@ def _integers(values: int | Iterable[int] | None, what: str) -> tuple[int, ...] 
     if values is None:
         return None
     try:
-        found = (values,) if hasattr(values, "__index__") else tuple(values)  # type: ignore[arg-type]
+        found = values if isinstance(values, Iterable) else (values,)
         return tuple(operator.index(value) for value in found)
     except TypeError as error:
         raise InputTypeError(f"{what} must be integers: {error}") from error

@@ -85,7 +85,7 @@ def test_what_is_recorded_is_what_a_plain_pass_shows(db, arch):
 def test_recording_after_a_hit_equals_recording_cold(db, arch):
     model = shared_model(arch)
     with Engine(db, model, shared_tokenizer()) as engine:
-        engine.put([IDS[:20], IDS[20:50]] if False else IDS[:50])
+        engine.put(IDS[:50])
         engine.put(IDS)
         counts, handle = passes(engine)
         (found,) = Recorder(engine, [N.POST_MLP, N.MLP_RESIDUAL], layers=0).run([IDS])
@@ -222,11 +222,10 @@ def test_damage_is_noticed_found_by_verify_and_recorded_again(store_path):
         with PromptDB(store_path, verify_reads="always") as fresh, pytest.raises(ValueError, match="checksum"):
             fresh.activations(IDS, N.POST_MLP, 0)
         assert [(each.table, each.key) for each in db.verify()] == [(ACTIVATIONS, key.hex())]
-        with PromptDB(store_path, verify_reads="always") as fresh:
-            with Engine(fresh, engine.model, shared_tokenizer()) as other:
-                (found,) = Recorder(other, N.POST_MLP, layers=0).run([IDS])
-                assert found.tokens_computed == 16
-                assert close(found.tensor(N.POST_MLP, 0), expected(engine.model, IDS, N.POST_MLP, 0))
+        with PromptDB(store_path, verify_reads="always") as db2, Engine(db2, engine.model, shared_tokenizer()) as other:
+            (found,) = Recorder(other, N.POST_MLP, layers=0).run([IDS])
+            assert found.tokens_computed == 16
+            assert close(found.tensor(N.POST_MLP, 0), expected(engine.model, IDS, N.POST_MLP, 0))
         assert db.verify() == []
         db._index.transact(damage)
         db.verify(fix=True)
@@ -266,15 +265,18 @@ def test_what_cannot_be_recorded_is_refused(engine, points, options, error, reas
 
 
 def test_engines_and_readers_that_cannot_be_used(db, store_path):
-    with Engine(db, shared_model("gpt2"), shared_tokenizer(), strict=True) as engine:
-        with pytest.raises(UnsupportedModelError, match="strict"):
-            Recorder(engine, N.POST_MLP)
+    with (
+        Engine(db, shared_model("gpt2"), shared_tokenizer(), strict=True) as engine,
+        pytest.raises(UnsupportedModelError, match="strict"),
+    ):
+        Recorder(engine, N.POST_MLP)
     with Engine(db, shared_model("gpt2"), shared_tokenizer()) as engine:
         engine.put(IDS)
-        with pytest.raises(NonFiniteError, match="float16"):
-            scale = Intervention("huge", [Hook(N.POST_FINAL_LAYER_NORM, _huge)])
-            with Engine(db, shared_model("gpt2"), shared_tokenizer(), intervention=scale) as huge:
-                Recorder(huge, N.POST_FINAL_LAYER_NORM, dtype="float16").run([IDS])
+        scale = Intervention("huge", [Hook(N.POST_FINAL_LAYER_NORM, _huge)])
+        with Engine(db, shared_model("gpt2"), shared_tokenizer(), intervention=scale) as huge:
+            recorder = Recorder(huge, N.POST_FINAL_LAYER_NORM, dtype="float16")
+            with pytest.raises(NonFiniteError, match="float16"):
+                recorder.run([IDS])
         with pytest.raises(NotRecordedError, match="not recorded"):
             db.activations(IDS, N.POST_MLP, 0, model=engine.root.weights_id, tokenizer=engine.root.tokenizer_id)
         for wrong in ({"layer": None}, {"layer": -1}, {"layer": 1, "positions": [200]}, {"layer": True}):
@@ -377,8 +379,12 @@ def test_what_cannot_be_identified_or_extended_is_refused(db):
         Engine(db, shared_model("phi"), shared_tokenizer(), intervention=missing)
     assert model(torch.tensor([IDS])).logits.isfinite().all()
     # Hooks that were attached by hand, without an ID: nothing is computed for the store.
-    with Engine(db, model, shared_tokenizer()) as engine, hooked(model).attach([Hook(N.POST_MLP, _steer)]):
-        with pytest.raises(IdentityError, match="forward hook"):
+    attached = hooked(model).attach([Hook(N.POST_MLP, _steer)])
+    with attached, pytest.raises(IdentityError, match="forward hook"), Engine(db, model, shared_tokenizer()) as engine:
+        engine.get(IDS)
+    with Engine(db, model, shared_tokenizer()) as engine:
+        attached = hooked(model).attach([Hook(N.POST_MLP, _steer)])
+        with attached, pytest.raises(IdentityError, match="forward hook"):
             engine.get(IDS)
     assert db.stat()["num_nodes"] == 0
 
