@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from promptdb.errors import PromptError
+from promptdb.hook_points import canonical_name
 from promptdb.tokens import Prompt
 
 from .compute import CountingDB, open_engine
@@ -89,6 +90,9 @@ def record(
       promptdb record --model demo --points post-mlp,attn-residual --layers 0,-1 --file prompts.jsonl
       promptdb record --model demo --points post-mlp --as float16 --file prompts.jsonl
     """
+    names = [name.strip() for name in points.split(",") if name.strip()]
+    for name in names:
+        canonical_name(name)  # before a model is loaded for it
     prompts = stream_prompts(texts, files)
     done: list[int] = [0, 0, 0]  # prompts, tokens, tokens computed
 
@@ -107,7 +111,7 @@ def record(
             interrupts.hold()
             before = db.stat()["blob_bytes"]
             with explaining(lambda: done_before(done[0], "prompt", "recorded")):
-                for asked, found in _recorded(engine, feed, interrupts, points, layers, row_dtype):
+                for asked, found in _recorded(engine, feed, interrupts, names, layers, row_dtype):
                     done[0], done[1] = done[0] + 1, done[1] + len(found.token_ids)
                     done[2] += found.tokens_computed
                     _show(asked, found, rows, as_json=as_json)
@@ -132,13 +136,12 @@ def _recorded(
     engine: Engine,
     feed: Feed[Asked | Line],
     interrupts: Interrupts,
-    points: str,
+    names: Sequence[str],
     layers: list[int] | None,
     row_dtype: str | None,
 ) -> Iterator[tuple[Asked, Recording]]:
     from promptdb.recorder import Recorder
 
-    names = [name.strip() for name in points.split(",") if name.strip()]
     recorder = Recorder(engine, names, layers=layers, dtype=row_dtype)
 
     def parse(found: Asked | Line) -> tuple[Asked, Prompt]:

@@ -214,10 +214,12 @@ class Recall:
                     found.setdefault(series, []).append(Shard(node, record.num_tokens, rows))
         if len(found) > 1:
             raise InputTypeError(
-                f"{name} was recorded as {', '.join(each.dtype for each in sorted(found))}", "choose one: dtype='F32'"
+                f"{name} was recorded as {', '.join(each.dtype for each in sorted(found))}",
+                "choose one of them: dtype=, or --as",
             )
         if not found:
-            raise NotRecordedError(f"nothing is recorded of {name}", "db.recorded() lists what is")
+            where = name if layer is None else f"{name} of layer {layer}"
+            raise NotRecordedError(f"nothing is recorded of {where}", "`promptdb activations ls` lists what is")
         return next(iter(found.items()))
 
     def put_activations(self, recordings: Sequence[RecordedRows]) -> RecordReport:
@@ -337,7 +339,8 @@ def _only_series(reader: Reader, match: Match, name: str, layer: int | None, dty
     found = sorted({each for step in match.steps for each in series_of(reader, step.node, name, layer)})
     if len(found) > 1:
         raise InputTypeError(
-            f"{found[0].point} was recorded as {', '.join(each.dtype for each in found)}", "choose one: dtype='F32'"
+            f"{found[0].point} was recorded as {', '.join(each.dtype for each in found)}",
+            "choose one of them: dtype=, or --as",
         )
     return found[0] if found else Series(name, layer, "F32")
 
