@@ -10,7 +10,7 @@ from promptdb.errors import CorruptDataError
 from promptdb.format import LABELS, LIFE, META, QUEUE, STORE_KEY, NodeRecord, unpack_record
 from promptdb.labels import PIN, next_pin_end, unpack_label
 from promptdb.life import LIMITS_KEY, TTL_KEY, USAGE_KEY, Life, Usage, read_limits, read_ttls, read_usage
-from promptdb.rebuild import FIRST_VERSION_WITH_LIFE, logits_charge, record_charge
+from promptdb.rebuild import FIRST_VERSION_WITH_LIFE, activations_charge, logits_charge, record_charge
 from promptdb.served import SERVED_KEY, unpack_served
 from promptdb.tables import Reader
 
@@ -44,6 +44,10 @@ class Audit:
         """Note logits of a node whose record holds."""
         self._sizes[owner] += logits_charge(self._reader, value_bytes)
         self._logits[owner].add(digest)
+
+    def activations(self, owner: bytes, key: bytes, value_bytes: int) -> None:
+        """Note recorded activations of a node whose record holds."""
+        self._sizes[owner] += activations_charge(self._reader, len(key), value_bytes)
 
     def findings(self) -> Iterator[Finding]:
         """Yield what does not hold."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from promptdb.errors import CorruptDataError
 from promptdb.eviction import collect_expired, evict
-from promptdb.format import BLOBS, CHILDREN, LIFE, LOGITS, NODES
+from promptdb.format import ACTIVATIONS, BLOBS, CHILDREN, LIFE, LOGITS, NODES
 from promptdb.keys import DIGEST_BYTES
 from promptdb.ledger import Ledger, with_ledger
 from promptdb.life import Life, read_usage
@@ -158,6 +158,9 @@ def _leftovers(reader: Reader) -> Iterator[tuple[str, bytes]]:
     for key in reader.keys(BLOBS):
         if reader.size(NODES, key[:DIGEST_BYTES]) is None:
             yield BLOBS, key
+    for key in reader.keys(ACTIVATIONS):
+        if reader.size(NODES, key[:DIGEST_BYTES]) is None:
+            yield ACTIVATIONS, key
     for key, value in reader.scan(CHILDREN):
         if reader.size(NODES, bytes(value[:DIGEST_BYTES])) is None:
             yield CHILDREN, key

@@ -40,6 +40,7 @@ from promptdb.lifecycle import Lifecycle, check_limits
 from promptdb.memory import MemoryIndex
 from promptdb.opening import Wanted, check_options, default_path, open_index, open_settings
 from promptdb.pins import remove_spans
+from promptdb.recall import Recall
 from promptdb.registry import Registry
 from promptdb.served import Served, Tally
 from promptdb.snapshot import Match, Snapshot, Verified
@@ -57,7 +58,7 @@ _PAGE_RECORDS = 256
 _USES_PER_PUT = 16
 
 
-class PromptDB(Lifecycle):
+class PromptDB(Recall, Lifecycle):
     """A persistent database of prompt representations.
 
     Parameters

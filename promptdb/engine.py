@@ -20,6 +20,7 @@ from promptdb.errors import InputTypeError, ModelError, StoreError
 from promptdb.explain import Explanation, explain
 from promptdb.extender import Extender, Fetch, nothing_found
 from promptdb.forecast import Forecast
+from promptdb.interventions import Intervention
 from promptdb.keys import KV_CODECS, Root, unpack_tokens
 from promptdb.registration import register
 from promptdb.representation import Representation
@@ -50,6 +51,7 @@ class Engine:
         are approximate then, and so is all that is computed after a stored prefix; nothing is shared with exact ones.
         ``verify --recompute`` measures how far off they are. By default they are stored as they were computed.
     write_behind : commit in a background thread; otherwise :meth:`get` returns when its spans are durable.
+    intervention : hooks that every pass goes through; what they make of a prompt is never mixed with the plain model's.
 
     Raises
     ------
@@ -78,6 +80,7 @@ class Engine:
         kv_codec: str = "",
         write_behind: bool = True,
         known_weights_id: str | None = None,
+        intervention: Intervention | None = None,
     ) -> None:
         if not isinstance(db, PromptDB):
             raise InputTypeError(
@@ -93,6 +96,7 @@ class Engine:
         self.tokenizer = tokenizer
         self.namespace = namespace
         self.strict = strict
+        self.intervention = intervention
         self.encoder = Encoder(tokenizer)
         self.tokenizer_id = tokenizer_id(tokenizer)
         self._extender = Extender(db, Runner(model), strict=strict, write_behind=write_behind)
@@ -145,13 +149,17 @@ class Engine:
     def root(self) -> Root:
         """The identity that representations are stored under now. Follows changes of the model."""
         weights_id = self._watch.weights_id
+        intervention_id = "" if self.intervention is None else self.intervention.id
         root = self._root
-        if root is None or root.weights_id != weights_id:
+        if root is None or (root.weights_id, root.intervention_id) != (weights_id, intervention_id):
             if root is not None:
                 self._extender.replace_runner(Runner(self.model))
-            root = Root(weights_id, self.tokenizer_id, self.namespace, kv_codec=self.kv_codec)
+            root = Root(weights_id, self.tokenizer_id, self.namespace, intervention_id, self.kv_codec)
             name = type(self.tokenizer).__name__
             self._extender.cost = register(self.db, root, self._extender.runner, self.encoder, name)
+            if self.intervention is not None:
+                with plain_torch(self.device):
+                    self.intervention.attach_to(self._extender.runner)
             self._root = root
         return root
 
@@ -273,7 +281,7 @@ class Engine:
                 keep_all=keep_all,
                 store=store,
                 began=began,
-                still_valid=lambda expected=root: self._watch.weights_id == expected.weights_id,  # type: ignore[misc]
+                still_valid=lambda expected=root: self.root == expected,  # type: ignore[misc]
             )
             if extended is not None:
                 return extended
@@ -307,7 +315,7 @@ class Engine:
                         keep_all=False,
                         store=store,
                         began=perf_counter(),
-                        still_valid=lambda: self._watch.weights_id == root.weights_id,
+                        still_valid=lambda: self.root == root,
                     )
         raise StoreError("these keys and values vanish from the store as fast as they are computed")
 

@@ -15,6 +15,7 @@
     │   └── WriteBehindError              a background write failed; raised by the next call and by close
     ├── CorruptDataError (ValueError)     a checksum, record or blob that does not hold
     ├── NodeNotFoundError (KeyError)      no stored span has this node ID
+    ├── NotRecordedError (KeyError)       activations that are asked for were not recorded
     ├── PromptError (ValueError)          the prompt cannot be used
     │   ├── EmptyPromptError              no tokens
     │   ├── PromptTooLongError            longer than the model's positions
@@ -47,6 +48,7 @@ __all__ = [
     "NodeNotFoundError",
     "NonFiniteError",
     "NotAStoreError",
+    "NotRecordedError",
     "PromptDBError",
     "PromptError",
     "PromptTooLongError",
@@ -130,6 +132,10 @@ class CorruptDataError(PromptDBError, ValueError):
 
 class NodeNotFoundError(PromptDBError, KeyError):
     """No stored span has this node ID."""
+
+
+class NotRecordedError(PromptDBError, KeyError):
+    """Activations of these positions were not recorded, or are not stored any more."""
 
 
 class PromptError(PromptDBError, ValueError):

@@ -31,7 +31,10 @@ CHECKPOINTS = "checkpoints"
 LIFE = "life"
 QUEUE = "queue"
 LABELS = "labels"
-TABLES = (META, ROOTS, NODES, CHILDREN, BLOBS, LOGITS, MODELS, TOKENIZERS, CHECKPOINTS, LIFE, QUEUE, LABELS)
+ACTIVATIONS = "activations"
+TABLES = (
+    META, ROOTS, NODES, CHILDREN, BLOBS, LOGITS, MODELS, TOKENIZERS, CHECKPOINTS, LIFE, QUEUE, LABELS, ACTIVATIONS,
+)  # fmt: skip
 
 STORE_KEY = b"store"
 SEAL_KEY = b"seal"  # where an encrypted store keeps what opens it

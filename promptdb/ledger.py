@@ -6,13 +6,14 @@ All that a transaction changes of ``life``, ``queue`` and the totals is collecte
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from promptdb.errors import CorruptDataError
 from promptdb.events import warn
 from promptdb.format import (
+    ACTIVATIONS,
     BLOBS,
     CHILDREN,
     LIFE,
@@ -28,9 +29,9 @@ from promptdb.format import (
 from promptdb.keys import DIGEST_BYTES, Root, child_key, node_id
 from promptdb.labels import PIN, read_labels
 from promptdb.life import NEVER, Life, priority, read_limits, read_usage
-from promptdb.rebuild import logits_charge, record_charge, saved_seconds, upgrade
+from promptdb.rebuild import activations_charge, logits_charge, record_charge, saved_seconds, upgrade
 from promptdb.snapshot import logits_owner
-from promptdb.tables import Index, Writer
+from promptdb.tables import Index, Reader, Writer
 from promptdb.trie import detach
 
 Result = TypeVar("Result")
@@ -195,6 +196,34 @@ class Ledger:
         nodes = list(self.writer.keys(LIFE))
         return next((node for node in nodes if (each := self.life(node)) is not None and digest in each.logits), owner)
 
+    def put_activations(self, root: Root, owner: bytes, key: bytes, value: bytes | bytearray | memoryview) -> None:
+        """Store recorded activations of the node ``owner``, in place of what stood under the key."""
+        standing = self.writer.get(ACTIVATIONS, key)
+        held_bytes = 0 if standing is None else len(standing)
+        grown = activations_charge(self.writer, len(key), len(value))
+        if standing is not None:
+            grown -= activations_charge(self.writer, len(key), held_bytes)
+        self.writer.put(ACTIVATIONS, key, value)
+        life = self.edit(owner)
+        if life is not None:
+            self._resize(life, grown)
+        self._count(root, blob_bytes=len(value) - held_bytes)
+
+    def remove_activations(self, root: Root, owner: bytes, keys: Iterable[bytes]) -> int:
+        """Remove recorded activations of the node ``owner``, which stays; return how many entries were there."""
+        removed = 0
+        for key in keys:
+            standing = self.writer.get(ACTIVATIONS, key)
+            if standing is None:
+                continue
+            size_bytes, life = len(standing), self.edit(owner)
+            if life is not None:
+                self._resize(life, -activations_charge(self.writer, len(key), size_bytes))
+            self.writer.delete(ACTIVATIONS, key)
+            self._count(root, blob_bytes=-size_bytes)
+            removed += 1
+        return removed
+
     def _resize(self, life: Life, size_bytes: int) -> None:
         life.size_bytes += size_bytes
         self.usage.charged_bytes += size_bytes
@@ -202,7 +231,7 @@ class Ledger:
             self.usage.pinned_bytes += size_bytes
 
     def remove(self, node: bytes) -> bool:
-        """Remove a node with its blobs and logits; return whether it was there. What stands on it becomes orphaned.
+        """Remove a node and all that goes with it; return whether it was there. What stands on it becomes orphaned.
 
         Raises
         ------
@@ -224,6 +253,9 @@ class Ledger:
             if value_bytes is not None:
                 size_bytes += value_bytes
                 self.writer.delete(LOGITS, digest)
+        for key, value_bytes in activations_of(self.writer, node):
+            size_bytes += value_bytes
+            self.writer.delete(ACTIVATIONS, key)
         entry = self.writer.get(CHILDREN, child_key(record.child_hash, record.span))
         if entry is not None and bytes(entry[:DIGEST_BYTES]) == node:
             detach(self.writer, record.child_hash, record.span)
@@ -322,6 +354,11 @@ class Ledger:
         if self.usage != self._written_usage:
             self.usage.write(self.writer)
             self._written_usage = replace(self.usage)
+
+
+def activations_of(reader: Reader, node: bytes) -> list[tuple[bytes, int]]:
+    """Return (key, bytes of the value) of all recorded activations of a node."""
+    return [(key, reader.size(ACTIVATIONS, key) or 0) for key in reader.keys(ACTIVATIONS, node)]
 
 
 def add_to_totals(writer: Writer, root: Root, amounts: Counter[str]) -> None:

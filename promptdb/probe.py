@@ -58,21 +58,28 @@ def probe(runner: Runner) -> Probe:
     -----
     Cost: about ten forward passes of 24 tokens. Not thread safe, as models are not.
     """
-    tolerance = 1e-4 if runner.model.dtype in (torch.float32, torch.float64) else 5e-2
-    steps = _steps(runner)
-    if math.isnan(steps) or steps > tolerance:
-        return Probe(steps, {}, tolerance)
+    difference, tolerance = steps(runner)
+    if math.isnan(difference) or difference > tolerance:
+        return Probe(difference, {}, tolerance)
     ways = {way: _difference(runner, run) for way, run in (("packed", _packed), ("batched", _batched))}
-    return Probe(steps, ways, tolerance)
+    return Probe(difference, ways, tolerance)
 
 
-def _steps(runner: Runner) -> float:
-    """Compare a plain pass, which is given nothing but the tokens, with the same tokens in three steps."""
+@torch.no_grad()
+def steps(runner: Runner) -> tuple[float, float]:
+    """Compare a plain pass, which is given nothing but the tokens, with the same tokens in three steps.
+
+    Returns
+    -------
+    tuple
+        The largest difference relative to the largest logit, NaN if they are not finite; and what counts as equal.
+    """
+    tolerance = 1e-4 if runner.model.dtype in (torch.float32, torch.float64) else 5e-2
     count = min(_TOKENS, runner.max_tokens or _TOKENS)
     token_ids = _random_tokens(runner, count)
     plain = _plain(runner, token_ids)
-    steps = runner.extend(token_ids, PromptCache(count), 0, set(), keep_all=True, pass_tokens=count // 3 + 1)
-    return _distance(torch.as_tensor(steps.all_logits), plain)
+    found = runner.extend(token_ids, PromptCache(count), 0, set(), keep_all=True, pass_tokens=count // 3 + 1)
+    return _distance(torch.as_tensor(found.all_logits), plain), tolerance
 
 
 def _random_tokens(runner: Runner, count: int) -> torch.Tensor:
@@ -80,7 +87,8 @@ def _random_tokens(runner: Runner, count: int) -> torch.Tensor:
 
 
 def _plain(runner: Runner, token_ids: torch.Tensor) -> torch.Tensor:
-    logits: torch.Tensor = runner.model(input_ids=token_ids[None].to(runner.device), use_cache=False).logits[0]
+    with runner.attach():
+        logits: torch.Tensor = runner.model(input_ids=token_ids[None].to(runner.device), use_cache=False).logits[0]
     return logits.float()
 
 

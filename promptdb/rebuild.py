@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from promptdb.errors import CorruptDataError
 from promptdb.format import (
+    ACTIVATIONS,
     BLOBS,
     CHILDREN,
     LIFE,
@@ -56,6 +57,11 @@ def record_charge(reader: Reader, record: NodeRecord, record_bytes: int) -> int:
 def logits_charge(reader: Reader, value_bytes: int) -> int:
     """Return what stored logits count for, in the store of ``reader``."""
     return charge(*reader.stored_sizes(LOGITS, DIGEST_BYTES, value_bytes))
+
+
+def activations_charge(reader: Reader, key_bytes: int, value_bytes: int) -> int:
+    """Return what recorded activations count for, in the store of ``reader``."""
+    return charge(*reader.stored_sizes(ACTIVATIONS, key_bytes, value_bytes))
 
 
 def saved_seconds(record: NodeRecord) -> float:
@@ -151,6 +157,10 @@ def _lives(writer: Writer, policy: str, inflation: float) -> tuple[dict[bytes, L
         if owner is not None:
             owner.logits.append(digest)
             owner.size_bytes += logits_charge(writer, len(value))
+    for key, value in writer.scan(ACTIVATIONS):
+        owner = lives.get(key[:DIGEST_BYTES])
+        if owner is not None:
+            owner.size_bytes += activations_charge(writer, len(key), len(value))
     return lives, places
 
 

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import inspect
+import threading
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
@@ -36,6 +40,16 @@ _LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope", "su")
 _MOST_MASK_ELEMENTS = 1 << 18
 
 
+# Hooks that one engine attaches for a pass must not be in another one's pass.
+_LOCKS: WeakKeyDictionary[Any, threading.RLock] = WeakKeyDictionary()
+_LOCKS_LOCK = threading.Lock()
+
+
+def _one_at_a_time(model: Any) -> threading.RLock:
+    with _LOCKS_LOCK:
+        return _LOCKS.setdefault(model, threading.RLock())
+
+
 @dataclass(frozen=True)
 class ForwardResult:
     """What one computation of positions ``[start, end)`` gave besides the keys and values in the cache.
@@ -55,6 +69,10 @@ class Runner:
     Parameters
     ----------
     model : a ``PreTrainedModel`` with a language-model head, in eval mode, on one device.
+
+    Attributes
+    ----------
+    attach : makes a context manager that each forward pass runs in, for hooks.
 
     Raises
     ------
@@ -78,6 +96,7 @@ class Runner:
         self._parameters = inspect.signature(inner.forward).parameters
         self._check_architecture(config, inner)
         self.masks = Masks(model, config)
+        self.attach: Callable[[], AbstractContextManager[object]] = nullcontext
         self._exact_ways: tuple[str, frozenset[str]] = ("", frozenset())
         # Whoever adds or replaces modules changes the model's identity, and gets another runner.
         self._modules = list(model.modules())
@@ -217,6 +236,16 @@ class Runner:
                 everything.append(rows)
         return ForwardResult(scores, kept, torch.cat(everything) if keep_all else None)
 
+    @torch.no_grad()
+    def step(self, token_ids: torch.Tensor, cache: PromptCache, first: int, last: int) -> None:
+        """Run one pass over positions ``[first, last)``, for what :attr:`attach` sees of it.
+
+        Parameters
+        ----------
+        token_ids : ``[n]`` int64 on the CPU.
+        """
+        self._forward(token_ids.to(self.device), cache, first, last)
+
     def _forward(self, token_ids: torch.Tensor, cache: PromptCache, first: int, last: int) -> torch.Tensor:
         positions = torch.arange(first, last)
         mask: torch.Tensor | dict[str, torch.Tensor]
@@ -295,7 +324,8 @@ class Runner:
         if "position_ids" in self._parameters:
             inputs["position_ids"] = positions.to(self.device)
         before, new = cache.get_seq_length(), input_ids.shape[1]
-        output = self.model(**inputs)
+        with _one_at_a_time(self.model), self.attach():
+            output = self.model(**inputs)
         if output.past_key_values is not cache:
             raise UnsupportedModelError(
                 f"{self.model_type} models are not supported: they return a cache of their own",

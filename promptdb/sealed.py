@@ -14,7 +14,7 @@ from typing import cast
 
 from promptdb.errors import CorruptDataError, FormatVersionError, StoreKeyError
 from promptdb.events import warn
-from promptdb.format import CHILDREN, LABELS, META, QUEUE, SEAL_KEY, STORE_KEY, pack_record, unpack_record
+from promptdb.format import ACTIVATIONS, CHILDREN, LABELS, META, QUEUE, SEAL_KEY, STORE_KEY, pack_record, unpack_record
 from promptdb.keys import DIGEST_BYTES
 from promptdb.life import QUEUE_NODE_AT
 from promptdb.sealing import HIDDEN_BYTES, SEAL_BYTES, Sealer
@@ -27,7 +27,12 @@ PLAIN_KEYS = (STORE_KEY, SEAL_KEY)
 
 # By table, how keys begin: so many bytes that are not hidden, as their order counts, and so many that are hidden by
 # themselves, as keys with the same ones are looked for together. All of the keys of other tables is hidden as one.
-_STARTS = {QUEUE: (QUEUE_NODE_AT, 0), CHILDREN: (0, DIGEST_BYTES), LABELS: (1, DIGEST_BYTES)}
+_STARTS = {
+    QUEUE: (QUEUE_NODE_AT, 0),
+    CHILDREN: (0, DIGEST_BYTES),
+    LABELS: (1, DIGEST_BYTES),
+    ACTIVATIONS: (0, DIGEST_BYTES),
+}
 
 
 class UnreadableKey(bytes):

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from promptdb.access import AccessLog
 from promptdb.blobs import TensorView, parse_blob
 from promptdb.errors import CorruptDataError
-from promptdb.format import BLOBS, CHECKSUM_BYTES, LIFE, LOGITS, NODES, NodeRecord, checksum
+from promptdb.format import ACTIVATIONS, BLOBS, CHECKSUM_BYTES, LIFE, LOGITS, NODES, NodeRecord, checksum
 from promptdb.keys import DIGEST_BYTES, TOKEN_BYTES, PrefixHasher, Root, node_id
 from promptdb.life import is_alive
 from promptdb.packing import unpack
@@ -154,6 +154,22 @@ class Snapshot:
         if not self._verified.holds(key, data, entry.checksum):
             raise CorruptDataError(f"the checksum of blob {kind} of node {node[:8].hex()} does not hold")
         return parse_blob(unpack(data))
+
+    def activations(self, key: bytes) -> memoryview | None:
+        """Return the blob of recorded activations under a key, or None if there are none.
+
+        Raises
+        ------
+        CorruptDataError
+            The checksum does not hold.
+        """
+        data = self.reader.get(ACTIVATIONS, key)
+        if data is None:
+            return None
+        content = data[CHECKSUM_BYTES:]
+        if not self._verified.holds(key, content, bytes(data[:CHECKSUM_BYTES])):
+            raise CorruptDataError(f"the checksum of activations of node {key[:8].hex()} does not hold")
+        return content
 
     def logits(self, prefix_digest: bytes) -> TensorView | None:
         """Return the next-token logits after a prefix, shape ``[vocabulary]``, or None if they are not stored.

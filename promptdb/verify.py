@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 
+from promptdb.activations import Series, entry_of
 from promptdb.audit import Audit, unsound_settings
 from promptdb.errors import CorruptDataError
 from promptdb.format import (
+    ACTIVATIONS,
     BLOBS,
     CHECKPOINTS,
     CHILDREN,
@@ -23,7 +25,7 @@ from promptdb.format import (
     unpack_record,
     unpack_root,
 )
-from promptdb.keys import PrefixHasher, Root, child_key, node_id
+from promptdb.keys import DIGEST_BYTES, PrefixHasher, Root, child_key, node_id
 from promptdb.rebuild import upgrade
 from promptdb.snapshot import Snapshot, Verified, logits_owner
 from promptdb.tables import Reader, Writer
@@ -54,6 +56,7 @@ def verify(reader: Reader) -> list[Problem]:
     snapshot = Snapshot(reader, Verified("always"))
     totals: dict[bytes, Counter[str]] = defaultdict(Counter)
     roots: dict[bytes, bytes] = {}  # root digest by node
+    spans: dict[bytes, int] = {}  # length by node, in tokens
     starts: dict[bytes, bytes] = {}  # d(0) by root digest
     blob_keys: set[bytes] = set()
     child_keys: set[bytes] = set()
@@ -71,6 +74,7 @@ def verify(reader: Reader) -> list[Problem]:
             report(NODES, node, error.message)
             continue
         root = roots[node] = record.root.digest
+        spans[node] = record.num_tokens
         audit.node(node, record, len(value))
         if root not in starts:
             starts[root] = PrefixHasher(root, b"").at(0)
@@ -109,6 +113,17 @@ def verify(reader: Reader) -> list[Problem]:
             audit.logits(digest, owner, len(value))
         else:
             report(LOGITS, digest, "no node owns these logits")
+    for key, value in reader.scan(ACTIVATIONS):
+        owner = key[:DIGEST_BYTES]
+        if owner not in spans:
+            report(ACTIVATIONS, key, "no node owns these activations")
+            continue
+        try:
+            entry_of(snapshot, owner, Series.of_key(key), spans[owner])
+        except CorruptDataError as error:
+            report(ACTIVATIONS, key, error.message)
+        totals[roots[owner]]["blob_bytes"] += len(value)
+        audit.activations(owner, key, len(value))
     for digest, value in reader.scan(ROOTS):
         try:
             root_of, stored = unpack_root(digest, value)
@@ -150,6 +165,7 @@ def repair(writer: Writer, *, read_blobs: bool) -> int:
     snapshot = Snapshot(writer, Verified("always"))
     totals: dict[Root, Counter[str]] = defaultdict(Counter)
     roots: dict[bytes, Root] = {}  # of nodes that hold
+    spans: dict[bytes, int] = {}
     blob_keys: set[bytes] = set()
     entries: dict[bytes, bytes] = {}
     doomed = []
@@ -165,7 +181,7 @@ def repair(writer: Writer, *, read_blobs: bool) -> int:
         except CorruptDataError:
             doomed.append(node)
             continue
-        roots[node] = record.root
+        roots[node], spans[node] = record.root, record.num_tokens
         totals[record.root].update(num_nodes=1, num_tokens=record.num_tokens, blob_bytes=record.size_bytes)
         blob_keys.update(node + kind.encode() for kind in record.blobs)
         entries[child_key(record.child_hash, record.span)] = node + record.span
@@ -178,6 +194,13 @@ def repair(writer: Writer, *, read_blobs: bool) -> int:
         except (CorruptDataError, KeyError):
             logits.append(digest)
     records = []
+    for key, value in writer.scan(ACTIVATIONS):
+        owner = key[:DIGEST_BYTES]
+        try:
+            entry_of(snapshot, owner, Series.of_key(key), spans[owner])
+            totals[roots[owner]]["blob_bytes"] += len(value)
+        except (CorruptDataError, KeyError):
+            records.append((ACTIVATIONS, key))
     for table in (MODELS, TOKENIZERS, CHECKPOINTS):
         for key, value in writer.scan(table):
             try:

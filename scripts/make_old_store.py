@@ -1,7 +1,7 @@
 """Write the small store that is kept in ``tests/data`` to prove that old stores stay readable.
 
     python scripts/make_old_store.py tests/data/store-v2
-    python scripts/make_old_store.py tests/data/store-v3 --coded    # compressed, and encrypted with KEY
+    python scripts/make_old_store.py tests/data/store-v3 --coded    # compressed, encrypted with KEY, with activations
 
 Run it once per format version and commit what it writes. Never rewrite an old one: it stands for what users have.
 """
@@ -16,10 +16,12 @@ from typing import Any
 from unittest.mock import Mock, patch
 
 from promptdb import PromptDB
+from promptdb.activations import Series
 from promptdb.blobs import TensorSpec, build_blob
 from promptdb.commits import SpanPayload
 from promptdb.format import Group
 from promptdb.keys import Root, pack_tokens
+from promptdb.recordings import RecordedRows
 from promptdb.trie import cut
 
 CREATED_UNIX_S = 1_700_000_000.0
@@ -68,6 +70,18 @@ def many_logits() -> bytes:
     return struct.pack(f"<{NUM_LOGITS}f", *(source.gauss() for _ in range(NUM_LOGITS)))
 
 
+def recorded(node: bytes, layer: int, offsets: list[int]) -> RecordedRows:
+    """Return made-up activations of some tokens of a span: a row of 3 numbers each."""
+    numbers = [100 * layer + offset + element / 4 for offset in offsets for element in range(3)]
+    tensors = [
+        (TensorSpec("rows", "F32", (len(offsets), 3)), struct.pack(f"<{len(numbers)}f", *numbers)),
+        (TensorSpec("offsets", "U32", (len(offsets),)), pack_tokens(offsets)),
+    ]
+    if offsets == list(range(len(offsets))):
+        del tensors[1]
+    return RecordedRows(node, Series("post-mlp", layer, "F32"), bytearray(16) + build_blob(tensors))
+
+
 def main(path: Path, *, coded: bool) -> None:
     """Write the store to ``path``: the same bytes every time, unless it is encrypted."""
     if path.exists():
@@ -93,6 +107,9 @@ def main(path: Path, *, coded: bool) -> None:
         db.registry.update_rates(ROOT.weights_id, compute_tokens_per_s=1000.0)
         db.registry.add_tokenizer(ROOT.tokenizer_id, {"name": "bytes", "json": '{"model": "é"}', "verbatim": True})
         db.registry.add_checkpoint(bytes(range(32)), {"weights_id": ROOT.weights_id})
+        if coded:
+            node = db.lookup(PROMPT, model=ROOT.weights_id, tokenizer=ROOT.tokenizer_id).steps[1].node
+            db.put_activations([recorded(node, 0, list(range(11))), recorded(node, 1, [2, 7])])
         assert db.verify() == []
     with PromptDB(path, key=limits["key"], readonly=True) as db:
         version = db.format_version

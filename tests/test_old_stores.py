@@ -13,6 +13,8 @@ from blake3 import blake3
 from cli_tools import run, run_json
 
 from promptdb import PromptDB
+from promptdb.activations import Series, entry_of, series_of
+from promptdb.blobs import TensorSpec, build_blob
 from promptdb.errors import FormatVersionError, StoreError
 from promptdb.format import (
     FORMAT_VERSION,
@@ -28,6 +30,7 @@ from promptdb.format import (
 from promptdb.keys import Root, pack_tokens, prefix_digests
 from promptdb.migrate import migrate
 from promptdb.packing import is_packed, unpack
+from promptdb.recordings import RecordedRows
 from promptdb.testing import encode_tokens
 
 DATA = Path(__file__).parent / "data"
@@ -36,7 +39,7 @@ SCRIPT = Path(__file__).parents[1] / "scripts" / "make_old_store.py"
 VERSIONS = {
     1: "a5d285395f13e0fffcf9e8170aeb19e002d6eb7bbe812f7f42759d55a4dda799",
     2: "eecebfe2e5ba512d15431383353dd3500e25380823b998a096d9328788bb5451",
-    3: "839b095cb23eb808c18b070c8f6374da05068c3ab54afb8df32882419a564acd",
+    3: "35fdc2aabe7cb2269d37b3cda83d742f5c008ab56b01d3c3f0ed352a582b8449",
 }
 # Of version 3 is what is compressed or encrypted; whatever is neither stays of this one.
 PLAIN_VERSION = 2
@@ -388,6 +391,37 @@ def test_what_version_2_added(tmp_path):
         assert lookup(db, BRANCH, TENANT).num_tokens == 0
         assert lookup(db, BRANCH).num_tokens == 13
         assert (db.pins(), db.gc().num_expired) == ([], 1)
+
+
+def test_activations_of_version_3(tmp_path, monkeypatch):
+    monkeypatch.setenv("PROMPTDB_KEY", KEY)
+    old = Path(shutil.copytree(DATA / "store-v3", tmp_path / "store"))
+    with PromptDB(old, readonly=True) as db, db.read() as snapshot:
+        node = lookup(db, PROMPT).steps[1].node
+        assert list(series_of(snapshot.reader, node)) == [
+            Series("post-mlp", 0, "F32"),
+            Series("post-mlp", 1, "F32"),
+        ]
+        whole = entry_of(snapshot, node, Series("post-mlp", 0, "F32"), 11)
+        assert (whole.rows.shape, list(whole.tokens())) == ((11, 3), list(range(11)))
+        assert list(whole.rows.floats()) == [offset + element / 4 for offset in range(11) for element in range(3)]
+        part = entry_of(snapshot, node, Series("post-mlp", 1, "F32"), 11)
+        assert (list(part.tokens()), list(part.rows.floats())) == ([2, 7], [102, 102.25, 102.5, 107, 107.25, 107.5])
+
+
+def test_activations_raise_the_version_of_an_older_store(old, version):
+    migrate(old)
+    with PromptDB(old) as db:
+        node = lookup(db, PROMPT).steps[0].node
+        blob = build_blob([(TensorSpec("rows", "F32", (1, 2)), struct.pack("<2f", 1, 2))])
+        rows = RecordedRows(node, Series("post-mlp", 7, "F32"), bytearray(16) + blob)
+        assert db.put_activations([rows]).num_entries == 1
+        assert db.put_activations([rows]).num_entries == 0
+        with db.read() as snapshot:
+            assert unpack_record(STORE_KEY, snapshot.reader.get(META, STORE_KEY))["format_version"] == 3
+        assert db.verify() == []
+        db.remove(node)
+        assert db.verify() == []
 
 
 def sum_of_items(db):

@@ -1,0 +1,236 @@
+"""Recording POST_MLP of all layers of a GPT-2 (124M), 512 tokens: against a bare forward pass and other ways to record.
+
+Run: ``python benchmarks/hooks.py [--dir DIR] [--size gpt2] [--tokens N] [--rounds N]``. All take turns, round by round.
+TransformerLens and nnsight take part where they are installed. What is timed is compared with the model's own
+``output_hidden_states`` first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import Row, median, report
+from safetensors.torch import load_file, save_file
+
+from promptdb import Engine, PromptDB
+from promptdb.demo_models import random_model
+from promptdb.demo_text import byte_tokenizer
+from promptdb.hooks import Hook, HookVariableNames, PrecomputeContext, hooked
+from promptdb.recorder import Recorder
+
+POINT = HookVariableNames.POST_MLP
+
+
+def take_turns(rounds: int, works: dict[str, Callable[[], object]]) -> dict[str, float]:
+    """Return each work's median seconds over rounds in which all take turns; the first round is dropped."""
+    samples: dict[str, list[float]] = {name: [] for name in works}
+    for _ in range(rounds + 1):
+        for name, work in works.items():
+            began = time.perf_counter()
+            kept = work()
+            samples[name].append(time.perf_counter() - began)
+            del kept
+    return {name: median(seconds[1:]) for name, seconds in samples.items()}
+
+
+def row(measure: str, seconds: float, other: str, other_seconds: float, target: str, *, speed: bool = False) -> Row:
+    ratio = other_seconds / seconds if speed else seconds / other_seconds
+    return {
+        "measure": measure,
+        "ms": round(seconds * 1e3, 3),
+        "alternative": other,
+        "alternative_ms": round(other_seconds * 1e3, 3),
+        "ratio": round(ratio, 3),
+        "ratio_is": "speed against the alternative" if speed else "time against the alternative",
+        "target": target,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dir", type=Path)
+    parser.add_argument("--size", default="gpt2")
+    parser.add_argument("--tokens", type=int, default=512)
+    parser.add_argument("--rounds", type=int, default=7)
+    options = parser.parse_args()
+    directory = Path(tempfile.mkdtemp(dir=options.dir))
+    try:
+        with torch.no_grad():
+            rows, notes = run(directory, options)
+    finally:
+        shutil.rmtree(directory)
+    report("hooks", rows, tokens=options.tokens, model=options.size, **notes)
+
+
+def run(directory: Path, options: argparse.Namespace) -> tuple[list[Row], dict[str, Any]]:
+    model = random_model(size=options.size)
+    layers = model.config.num_hidden_layers
+    count = options.tokens
+    ids = torch.randint(0, 256, (1, count), generator=torch.Generator().manual_seed(0))
+    kept: dict[int, torch.Tensor] = {}
+    blocks = model.transformer.h
+
+    def bare() -> object:
+        return model(ids)
+
+    def plain_hooks() -> None:
+        handles = [
+            block.register_forward_hook(lambda m, a, out, n=n: kept.__setitem__(n, out))
+            for n, block in enumerate(blocks)
+        ]
+        model(ids)
+        for handle in handles:
+            handle.remove()
+
+    def file() -> None:
+        plain_hooks()
+        path = directory / "rows.safetensors"
+        save_file({str(n): each[0].contiguous() for n, each in kept.items()}, path)
+        with path.open("rb") as stream:
+            os.fsync(stream.fileno())
+
+    wrapped, pctx = hooked(model), PrecomputeContext(model.config)
+    pctx.add_hooks([Hook(POINT, lambda x, ctx: kept.__setitem__(ctx.context["layer"], x))])
+
+    def in_memory() -> object:
+        return wrapped(ids, pctx=pctx)
+
+    states = model(ids, output_hidden_states=True).hidden_states
+    in_memory()
+    assert all(
+        torch.equal(kept[n], states[n + 1]) for n in range(layers - 1)
+    )  # the last one of states is after the norm
+    rows = []
+    with PromptDB(directory / "store", map_bytes=1 << 33) as db, Engine(db, model, byte_tokenizer()) as engine:
+        recorder = Recorder(engine, POINT)
+        sequence = [ids[0].tolist()]
+
+        def fresh() -> list[int]:
+            sequence[0] = [(each + 1) % 256 for each in sequence[0]]
+            return sequence[0]
+
+        def cold() -> object:
+            return recorder.run([fresh()])
+
+        def stored() -> None:
+            engine.put(fresh())
+
+        def after_hit() -> object:
+            return recorder.run([sequence[0]])
+
+        (first,) = recorder.run([sequence[0]])
+        assert all(torch.allclose(first.tensor(POINT, n), kept[n][0], atol=1e-4) for n in range(layers))
+        works: dict[str, Callable[[], object]] = {
+            "bare": bare, "plain_hooks": plain_hooks, "file": file, "in_memory": in_memory, "cold": cold,
+            "stored": stored, "after_hit": after_hit, **others(model, ids),
+        }  # fmt: skip
+        times = take_turns(options.rounds, works)
+        rows += [
+            row("plain forward hooks, in memory", times["plain_hooks"], "bare forward", times["bare"], ""),
+            row("promptdb hooks, in memory", times["in_memory"], "bare forward", times["bare"], "<= 1.05"),
+            row("plain hooks and one safetensors file, fsynced", times["file"], "bare forward", times["bare"], ""),
+            row(
+                "Recorder, cold: KV, logits and rows, durable", times["cold"], "bare forward", times["bare"], "<= 1.15"
+            ),
+            row("engine.put alone, durable", times["stored"], "bare forward", times["bare"], ""),
+            row("Recorder, KV stored: rows, durable", times["after_hit"], "bare forward", times["bare"], "<= 1.15"),
+        ]
+        rows += [
+            row(f"{name}, in memory", times[name], "bare forward", times["bare"], "")
+            for name in ("transformer_lens", "nnsight")
+            if name in times
+        ]
+        rows += recalling(db, first, layers, options.rounds)
+        found = db.recorded()[0]
+        raw = found.num_rows * model.config.hidden_size * 4
+        rows += streaming(directory, db, recorder, ids, options.rounds)
+        notes = {"bytes_per_row_against_raw": round(found.size_bytes / raw, 4)}
+        assert db.verify() == []
+    return rows, notes
+
+
+def recalling(db: PromptDB, first: Any, layers: int, rounds: int) -> list[Row]:
+    source = torch.cat([first.tensor(POINT, n) for n in range(layers)])
+    target = torch.empty_like(source)
+
+    def recall() -> object:
+        return [first.tensor(POINT, n) for n in range(layers)]
+
+    recall()  # checksums, once
+    times = take_turns(4 * rounds, {"recall": recall, "memcpy": lambda: target.copy_(source)})
+    return [row("recall of all layers", times["recall"], "memcpy", times["memcpy"], ">= 0.8", speed=True)]
+
+
+def streaming(directory: Path, db: PromptDB, recorder: Recorder, ids: torch.Tensor, rounds: int) -> list[Row]:
+    """An epoch of shuffled batches of one layer, against shuffled batches from raw safetensors shards."""
+    base = ids[0].tolist()
+    recorder.run([[n, n + 1, *base] for n in range(8)])
+    data = db.activation_dataset(POINT, 0, batch_size=1024, shuffle_buffer=1 << 14)
+    shards = []
+    for number, shard in enumerate(torch.cat(list(data)).split(4096)):
+        save_file({"rows": shard.contiguous()}, directory / f"raw-{number}.safetensors")
+        shards.append(directory / f"raw-{number}.safetensors")
+
+    def ours() -> int:
+        return sum(batch.shape[0] for batch in data)
+
+    def raw() -> int:
+        total = 0
+        for path in shards:
+            rows = load_file(path)["rows"]
+            rows = rows[torch.randperm(rows.shape[0])]
+            total += sum(batch.shape[0] for batch in rows.split(1024))
+        return total
+
+    assert ours() == raw() == data.num_rows
+    times = take_turns(2 * rounds, {"ours": ours, "raw": raw})
+    name = f"dataset: {data.num_rows / times['ours']:,.0f} shuffled rows/s"
+    return [row(name, times["ours"], "raw safetensors shards", times["raw"], "", speed=True)]
+
+
+def others(model: Any, ids: torch.Tensor) -> dict[str, Callable[[], object]]:
+    """Return the other libraries' ways, of those that are installed and take this model."""
+    found: dict[str, Callable[[], object]] = {}
+    try:
+        nnsight = importlib.import_module("nnsight")
+        wrapped = nnsight.NNsight(model)
+
+        def traced() -> object:
+            with wrapped.trace(ids):
+                return [block.output.save() for block in wrapped.transformer.h]
+
+        traced()
+        found["nnsight"] = traced
+    except Exception as error:  # noqa: BLE001 - whatever is missing there
+        print(f"nnsight does not take part: {type(error).__name__}: {error}")
+    try:
+        lens = importlib.import_module("transformer_lens")
+        config = model.config
+        other = lens.HookedTransformer(
+            lens.HookedTransformerConfig(
+                n_layers=config.n_layer, d_model=config.n_embd, n_ctx=config.n_positions, n_heads=config.n_head,
+                d_head=config.n_embd // config.n_head, d_vocab=config.vocab_size, act_fn="gelu_new",
+                normalization_type="LN",
+            )
+        )  # fmt: skip
+        other.eval()
+        wanted = lambda name: name.endswith("hook_resid_post")  # noqa: E731
+        found["transformer_lens"] = lambda: other.run_with_cache(ids, names_filter=wanted)
+        found["transformer_lens"]()
+    except Exception as error:  # noqa: BLE001
+        print(f"TransformerLens does not take part: {type(error).__name__}: {error}")
+        found.pop("transformer_lens", None)
+    return found
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,184 @@
+"""Hooks that change a model's passes and whose results may be stored: they have an identity."""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from blake3 import blake3
+
+from promptdb.code_identity import class_id, code_id
+from promptdb.errors import IdentityError, InputTypeError, UnsupportedModelError
+from promptdb.hashing import FieldHasher
+from promptdb.hook_context import Hook, PrecomputeContext
+from promptdb.hook_wiring import Attachment
+from promptdb.probe import steps
+
+if TYPE_CHECKING:
+    from promptdb.runner import Runner
+
+__all__ = ["Intervention"]
+
+_HINT = "give what it depends on to Intervention(..., parameters={...}) or make it plain numbers, text or tensors"
+_PLAIN = (bool, int, float, str, bytes, type(None))
+
+
+class Intervention:
+    """Changing hooks with an ID, for :class:`~promptdb.Engine`: their results are stored under a root of their own.
+
+    Parameters
+    ----------
+    name : of the intervention, for people; a part of the ID.
+    hooks : in the order in which they are called. Each row that a function returns may depend on the same row and on
+        those before it only.
+    version : raise it when something changes that the ID does not see.
+    parameters : what the functions depend on besides: numbers, text, tensors, modules, or containers of them.
+
+    Raises
+    ------
+    InputTypeError
+        No hooks, or positions that are counted from a sequence's end: those of a prompt that is extended move.
+    IdentityError
+        A function that cannot be identified: its results are not stored.
+
+    Notes
+    -----
+    The ID is a digest of name, version, points, layers, positions and parameters; of the functions' source and
+    bytecode; and of all that they close over or name in their module. It is read before and after each computation, so
+    that a tensor that is changed in between is noticed (but for edits through ``.data``). What a function reads from
+    elsewhere, a file or the clock, it does not see.
+    """
+
+    def __init__(
+        self, name: str, hooks: Iterable[Hook], *, version: str = "1", parameters: Mapping[str, Any] | None = None
+    ) -> None:
+        self.name, self.version, self.hooks = name, version, tuple(hooks)
+        self.parameters = dict(parameters or {})
+        self._digests: dict[int, tuple[torch.Tensor, tuple[int, int], bytes]] = {}
+        if not isinstance(name, str) or not isinstance(version, str) or not name:
+            raise InputTypeError("an intervention's name and version must be text")
+        if not self.hooks:
+            raise InputTypeError("an intervention without hooks", "give at least one Hook")
+        for hook in self.hooks:
+            if not isinstance(hook, Hook):
+                raise InputTypeError(f"a hook must be a Hook, not {type(hook).__name__}", "Hook(name, fn)")
+            _check_positions(hook)
+        self.id  # noqa: B018 - refuse now what cannot be identified
+
+    @property
+    def id(self) -> str:
+        """64 hexadecimal digits, as things are now."""
+        hasher = FieldHasher("promptdb intervention")
+        hasher.field("name", self.name).field("version", self.version)
+        for hook in self.hooks:
+            hasher.field("point", hook.name)
+            hasher.field("layers", repr(hook.layers)).field("positions", repr(hook.positions))
+            self._add_function(hasher, repr(hook), hook.fn, set())
+        self._add(hasher, "parameters", self.parameters, set())
+        return hasher.digest().hex()
+
+    def context(self, config: Any, readers: Iterable[Hook] = ()) -> PrecomputeContext:
+        """Return a fresh context with the hooks, and after them such that only read."""
+        return PrecomputeContext(config, [*self.hooks, *readers])
+
+    def attach_to(self, runner: Runner) -> None:
+        """Let a runner's passes go through the hooks.
+
+        Raises
+        ------
+        UnsupportedModelError
+            The hooks do not fit the model; or a prompt that is computed in steps gives another result than in one pass.
+        """
+        runner.attach = lambda: Attachment(runner.model, self.context(runner.model.config), is_identified=True)
+        runner.exact_ways = frozenset()  # in a packed pass, places in the cache are no positions
+        difference, tolerance = steps(runner)
+        if difference > tolerance:
+            raise UnsupportedModelError(
+                f"{self.name}: a prompt computed in steps differs from one in one pass by {difference:.1e} of the "
+                "largest logit, so nothing of it can be stored",
+                "a row may depend on itself and those before it; keys and values of the past must stay as they are",
+            )
+
+    def _add_function(self, hasher: FieldHasher, where: str, function: Any, seen: set[int]) -> None:
+        if isinstance(function, functools.partial):
+            self._add(hasher, where, [list(function.args), dict(function.keywords)], seen)
+            function = function.func
+        if not isinstance(function, types.FunctionType):
+            raise IdentityError(f"{where}: a {type(function).__name__} cannot be identified", "use a function")
+        if id(function) in seen:
+            return
+        seen.add(id(function))
+        hasher.field("code", code_id(where, function)).field("bytecode", function.__code__.co_code)
+        self._add(hasher, f"{where}: a default", [function.__defaults__, function.__kwdefaults__], seen)
+        for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+            hasher.field("closure", name)
+            self._add(hasher, f"{where}: {name}", cell.cell_contents, seen)
+        for name in sorted(_names(function.__code__)):
+            if name in function.__globals__:
+                hasher.field("global", name)
+                self._add(hasher, f"{where}: {name}", function.__globals__[name], seen)
+
+    def _add(self, hasher: FieldHasher, where: str, value: Any, seen: set[int]) -> None:
+        hasher.field("type", type(value).__qualname__)
+        if isinstance(value, bool) or (not isinstance(value, int) and isinstance(value, _PLAIN)):
+            hasher.field("value", value)
+        elif isinstance(value, int):
+            hasher.field("value", str(value))
+        elif isinstance(value, torch.Tensor):
+            hasher.field("tensor", self._tensor_digest(value))
+        elif isinstance(value, (list, tuple, slice, range)):
+            items = (value.start, value.stop, value.step) if isinstance(value, (slice, range)) else tuple(value)
+            hasher.field("length", len(items))
+            for item in items:
+                self._add(hasher, where, item, seen)
+        elif isinstance(value, Mapping):
+            hasher.field("length", len(value))
+            for key in sorted(value, key=repr):
+                self._add(hasher, where, key, seen)
+                self._add(hasher, where, value[key], seen)
+        elif isinstance(value, types.ModuleType):
+            hasher.field("module", value.__name__)
+        elif isinstance(value, type):
+            hasher.field("class", class_id(value))
+        elif isinstance(value, (torch.dtype, torch.device)):
+            hasher.field("value", str(value))
+        elif isinstance(value, torch.nn.Module):
+            hasher.field("class", class_id(type(value))).field("shape", repr(value))
+            for name, tensor in [*value.named_parameters(), *value.named_buffers()]:
+                hasher.field("name", name).field("tensor", self._tensor_digest(tensor))
+        elif isinstance(value, types.BuiltinFunctionType):
+            hasher.field("builtin", f"{value.__module__}.{value.__qualname__}")
+        elif isinstance(value, (types.FunctionType, functools.partial)):
+            self._add_function(hasher, where, value, seen)
+        else:
+            raise IdentityError(f"{where} is a {type(value).__name__}, which cannot be identified", _HINT)
+
+    def _tensor_digest(self, tensor: torch.Tensor) -> bytes:
+        mark = (tensor.data_ptr(), tensor._version)
+        held = self._digests.get(id(tensor))
+        if held is None or held[1] != mark:
+            plain = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+            hasher = blake3(f"{tensor.dtype} {tuple(tensor.shape)} ".encode())
+            hasher.update(plain.numpy().tobytes())
+            held = self._digests[id(tensor)] = (tensor, mark, hasher.digest())
+        return held[2]
+
+
+def _names(code: types.CodeType) -> set[str]:
+    found = set(code.co_names)
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            found |= _names(constant)
+    return found
+
+
+def _check_positions(hook: Hook) -> None:
+    at = hook.positions
+    numbers = (at.start, at.stop) if isinstance(at, slice) else at or ()
+    if any(number is not None and number < 0 for number in numbers):
+        raise InputTypeError(
+            f"{hook!r}: positions from a sequence's end move when it is extended", "count them from its start"
+        )

@@ -1,0 +1,372 @@
+"""Recorded activations of a store: reading, storing, listing. A part of :class:`promptdb.PromptDB`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from promptdb.activations import Series, Shard, pieces, read_entry, series_of
+from promptdb.buffers import POOL
+from promptdb.commits import check_packed
+from promptdb.errors import CorruptDataError, InputTypeError, NotRecordedError, UnsupportedModelError
+from promptdb.format import ACTIVATIONS, CHECKSUM_BYTES, NODES, ROOTS, NodeRecord, unpack_root
+from promptdb.hook_points import POINTS, canonical_name
+from promptdb.keys import DIGEST_BYTES, Root, num_tokens
+from promptdb.ledger import with_ledger
+from promptdb.recordings import RecordedRows, RecordReport, put_recordings
+from promptdb.tokens import Encoder, as_prompt
+
+if TYPE_CHECKING:
+    import torch
+
+    from promptdb.dataset import ActivationDataset
+    from promptdb.registry import Registry
+    from promptdb.snapshot import Match, Snapshot
+    from promptdb.tables import Index, Reader
+
+_TORCH_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+@dataclass
+class Recorded:
+    """What is recorded of one point and layer for one identity. ``series.dtype`` is that of the stored rows."""
+
+    root: Root
+    series: Series
+    num_spans: int = 0
+    num_rows: int = 0
+    size_bytes: int = 0
+    row_shape: tuple[int, ...] = ()
+
+
+class Recall:
+    """Recorded activations. A base of :class:`promptdb.PromptDB`; see docs/activations.md. Thread safe."""
+
+    _index: Index
+    _clock: Callable[[], float]
+    registry: Registry
+
+    if TYPE_CHECKING:
+
+        def _snapshot(self, reader: Reader) -> Snapshot: ...
+
+    def activations(
+        self,
+        prompt: Any,
+        point: str,
+        layer: int | None = None,
+        *,
+        positions: int | slice | Iterable[int] | None = None,
+        dtype: str | None = None,
+        model: str | None = None,
+        tokenizer: str | None = None,
+        namespace: str = "",
+        intervention: str = "",
+    ) -> torch.Tensor:
+        """Return what was recorded at a point, one row for each token of a prompt. Needs no model; never computes.
+
+        Parameters
+        ----------
+        prompt : text, pieces of text, n token IDs, or packed tokens.
+        point : as in :class:`~promptdb.hook_points.HookVariableNames`, or a module's path.
+        layer : for points that each layer has.
+        positions : of which tokens: an integer, a slice, or several integers; by default all n.
+        dtype : ``"F32"``, ``"F16"``, ``"BF16"`` or ``"F64"``, where the same was recorded in several.
+        model, tokenizer : weights ID and tokenizer ID, hex; may be left out where the store knows only one of them in
+            the namespace.
+        namespace, intervention : the rest of the root.
+
+        Returns
+        -------
+        torch.Tensor
+            ``[n, d]`` on the CPU; ``[n, heads, head_dim]`` for states inside of attention.
+
+        Raises
+        ------
+        NotRecordedError
+            Not all of these rows are stored.
+        InputTypeError
+            A prompt, point, layer or positions that cannot be; or several models or dtypes to choose from.
+        CorruptDataError
+            An entry does not hold.
+
+        Notes
+        -----
+        One copy, from the memory map into pooled memory. Imports torch.
+        """
+        root = self._root_for(model, tokenizer, namespace, intervention)
+        packed = prompt if isinstance(prompt, bytes) else self._packed(prompt, root)
+        check_packed(packed)
+        name, layer = checked_point(point, layer)
+        wanted = _positions(positions, num_tokens(packed))
+        with self._index.read() as reader:
+            snapshot = self._snapshot(reader)
+            match = snapshot.match(root, packed)
+            series = _only_series(reader, match, name, layer, dtype)
+            return rows_of(snapshot, match, series, wanted)
+
+    def _root_for(self, model: str | None, tokenizer: str | None, namespace: str, intervention: str) -> Root:
+        if model is not None and tokenizer is not None:
+            return Root(model, tokenizer, namespace, intervention)
+        with self._index.read() as reader:
+            roots = [unpack_root(key, value)[0] for key, value in reader.scan(ROOTS)]
+        found = [
+            root
+            for root in roots
+            if (root.namespace, root.intervention_id, root.kv_codec) == (namespace, intervention, "")
+            and model in (None, root.weights_id)
+            and tokenizer in (None, root.tokenizer_id)
+        ]
+        if len(found) != 1:
+            known = (
+                ", ".join(f"{root.weights_id[:8]} with tokenizer {root.tokenizer_id[:8]}" for root in found) or "none"
+            )
+            raise InputTypeError(
+                f"the store holds {len(found)} models of that kind: {known}",
+                "pass model= and tokenizer=, the whole IDs",
+            )
+        return found[0]
+
+    def _packed(self, prompt: Any, root: Root) -> bytes:
+        fields = self.registry.tokenizer(root.tokenizer_id)
+        if isinstance(prompt, str) and fields is None:
+            raise InputTypeError("the store does not know the model's tokenizer", "pass token IDs")
+        encoder: Any = Encoder.from_registry(fields) if fields is not None else None
+        return as_prompt(prompt, encoder).packed
+
+    def activation_dataset(
+        self,
+        point: str,
+        layer: int | None = None,
+        *,
+        batch_size: int = 1024,
+        shuffle_buffer: int = 1 << 17,
+        seed: int = 0,
+        dtype: str | None = None,
+        model: str | None = None,
+        tokenizer: str | None = None,
+        namespace: str = "",
+        intervention: str = "",
+    ) -> ActivationDataset:
+        """Return all rows of a point as shuffled batches, a ``torch.utils.data.IterableDataset``.
+
+        Parameters
+        ----------
+        point, layer, dtype, model, tokenizer, namespace, intervention : as for :meth:`activations`. Rows of two models
+            are never mixed.
+        batch_size, shuffle_buffer, seed : see :class:`~promptdb.dataset.ActivationDataset`.
+
+        Raises
+        ------
+        NotRecordedError
+            Nothing of it is stored.
+
+        Notes
+        -----
+        Looks at every entry of the store once: some microseconds each. Imports torch.
+        """
+        from promptdb.dataset import ActivationDataset
+
+        series, shards = self._shards(
+            self._root_for(model, tokenizer, namespace, intervention), *checked_point(point, layer), dtype
+        )
+        return ActivationDataset(
+            self,  # type: ignore[arg-type]
+            series,
+            shards,
+            batch_size=batch_size,
+            shuffle_buffer=shuffle_buffer,
+            seed=seed,
+        )
+
+    def recorded_spans(
+        self,
+        point: str,
+        layer: int | None = None,
+        *,
+        dtype: str | None = None,
+        model: str | None = None,
+        tokenizer: str | None = None,
+        namespace: str = "",
+        intervention: str = "",
+    ) -> tuple[Root, Series, list[bytes]]:
+        """Return identity and series of a point's rows, and the spans that have some; as :meth:`activation_dataset`."""
+        root = self._root_for(model, tokenizer, namespace, intervention)
+        series, shards = self._shards(root, *checked_point(point, layer), dtype)
+        return root, series, [shard.node for shard in shards]
+
+    def _shards(self, root: Root, name: str, layer: int | None, dtype: str | None) -> tuple[Series, list[Shard]]:
+        """Return the only series of a point, and the spans that have rows of it."""
+        found: dict[Series, list[Shard]] = {}
+        suffix = Series.prefix(name, layer)
+        with self._index.read() as reader:
+            for key, value in reader.scan(ACTIVATIONS):
+                if not key.startswith(suffix, DIGEST_BYTES):
+                    continue
+                series, node = Series.of_key(key), key[:DIGEST_BYTES]
+                data = reader.get(NODES, node)
+                if data is None or dtype not in (None, series.dtype):
+                    continue
+                record = NodeRecord.unpack(node, data)
+                if record.root == root:
+                    rows = read_entry(value[CHECKSUM_BYTES:]).num_rows
+                    found.setdefault(series, []).append(Shard(node, record.num_tokens, rows))
+        if len(found) > 1:
+            raise InputTypeError(
+                f"{name} was recorded as {', '.join(each.dtype for each in sorted(found))}",
+                "choose one of them: dtype=, or --as",
+            )
+        if not found:
+            where = name if layer is None else f"{name} of layer {layer}"
+            raise NotRecordedError(f"nothing is recorded of {where}", "`promptdb activations ls` lists what is")
+        return next(iter(found.items()))
+
+    def put_activations(self, recordings: Sequence[RecordedRows]) -> RecordReport:
+        """Store rows of stored spans, all together or not at all, durably. Rows that are there already stay.
+
+        Raises
+        ------
+        QuotaExceededError, ReadOnlyStoreError, StoreFullError, StoreError
+            Nothing is visible.
+
+        Notes
+        -----
+        One transaction. What is of spans that are gone is left out: see :class:`~promptdb.recordings.RecordReport`.
+        """
+        return put_recordings(self._index, recordings, clock=self._clock)
+
+    def remove_activations(self, point: str, layer: int | None = None, *, model: str | None = None) -> int:
+        """Remove what was recorded at a point, of one layer or all; return how many spans' entries went.
+
+        Parameters
+        ----------
+        model : weights ID; by default of all models.
+        """
+        removed = 0
+        for node, series in list(self._entries()):
+            if series.point == point and layer in (None, series.layer):
+                removed += self.remove_entry(node, series, model=model)
+        return removed
+
+    def remove_entry(self, node: bytes, series: Series, *, model: str | None = None) -> bool:
+        """Remove one entry of recorded activations; return whether it was there. The span stays."""
+
+        def work(ledger: Any) -> bool:
+            data = ledger.writer.get(NODES, node)
+            if data is None:
+                return False
+            root = NodeRecord.unpack(node, data).root
+            if model not in (None, root.weights_id):
+                return False
+            return bool(ledger.remove_activations(root, node, [series.key(node)]))
+
+        return with_ledger(self._index, self._clock(), work)
+
+    def recorded(self) -> list[Recorded]:
+        """Return what is recorded, by identity, point and layer. Reads the head of every entry."""
+        found: dict[tuple[bytes, Series], Recorded] = {}
+        roots: dict[bytes, Root | None] = {}
+        with self._index.read() as reader:
+            for key, value in reader.scan(ACTIVATIONS):
+                node = key[:DIGEST_BYTES]
+                if node not in roots:
+                    data = reader.get(NODES, node)
+                    roots[node] = None if data is None else NodeRecord.unpack(node, data).root
+                root = roots[node]
+                if root is None:
+                    continue
+                series, rows = Series.of_key(key), read_entry(value[CHECKSUM_BYTES:]).rows
+                each = found.setdefault((root.digest, series), Recorded(root, series))
+                each.num_spans += 1
+                each.num_rows += rows.shape[0]
+                each.size_bytes += len(value)
+                each.row_shape = rows.shape[1:]
+        order = {name: at for at, name in enumerate(POINTS)}
+
+        def place(each: Recorded) -> tuple[bytes, int, Series]:
+            series = each.series._replace(layer=each.series.layer or 0)
+            return each.root.digest, order.get(series.point, len(order)), series
+
+        return sorted(found.values(), key=place)
+
+    def _entries(self) -> list[tuple[bytes, Series]]:
+        with self._index.read() as reader:
+            return [(key[:DIGEST_BYTES], Series.of_key(key)) for key in reader.keys(ACTIVATIONS)]
+
+
+def checked_point(point: str, layer: int | None) -> tuple[str, int | None]:
+    """Return a point's name and layer as they are stored.
+
+    Raises
+    ------
+    InputTypeError
+        No such point, or a layer missing or too many.
+    """
+    name, named = canonical_name(point)
+    known = POINTS.get(name)
+    by_layer = known is not None and known.by_layer
+    if named is not None and layer in (None, named):
+        layer = named
+    if layer is not None and (type(layer) is not int or layer < 0):
+        raise InputTypeError(f"layer is {layer!r}", "layers are numbered from 0")
+    if by_layer != (layer is not None):
+        raise InputTypeError(
+            f"{point!r} is in each layer: which one?" if by_layer else f"{point!r} is in one place, whatever the layer",
+            f"activations(prompt, {point!r}, 3)" if by_layer else "leave the layer out",
+        )
+    return name, layer
+
+
+def _positions(positions: int | slice | Iterable[int] | None, total: int) -> list[int] | None:
+    if positions is None:
+        return None
+    if isinstance(positions, slice):
+        return sorted(range(*positions.indices(total)))
+    try:
+        asked = [positions] if isinstance(positions, int) else list(positions)
+        wanted = sorted({at + total if at < 0 else at for at in asked})
+    except TypeError as error:
+        raise InputTypeError(f"positions must be integers: {error}") from error
+    if wanted and not 0 <= wanted[0] <= wanted[-1] < total:
+        raise InputTypeError(f"positions {wanted[0]} to {wanted[-1]} of a prompt of {total} tokens")
+    return wanted
+
+
+def _only_series(reader: Reader, match: Match, name: str, layer: int | None, dtype: str | None) -> Series:
+    if dtype is not None:
+        return Series(name, layer, dtype)
+    found = sorted({each for step in match.steps for each in series_of(reader, step.node, name, layer)})
+    if len(found) > 1:
+        raise InputTypeError(
+            f"{found[0].point} was recorded as {', '.join(each.dtype for each in found)}",
+            "choose one of them: dtype=, or --as",
+        )
+    return found[0] if found else Series(name, layer, "F32")
+
+
+def rows_of(snapshot: Snapshot, match: Match, series: Series, positions: Sequence[int] | None) -> torch.Tensor:
+    """Return rows of a prompt as a tensor of its own; raises as :meth:`Recall.activations` does."""
+    import torch
+
+    found, missing = pieces(snapshot, match, series, positions)
+    if missing or not found:
+        total = num_tokens(match.packed) if positions is None else len(positions)
+        where = f", the first at {missing[0]}" if missing else ""
+        raise NotRecordedError(
+            f"{series}: {len(missing)} of {total} positions are not recorded{where}", "Recorder.run() records them"
+        )
+    shape, width = found[0].entry.rows.shape[1:], found[0].entry.row_bytes
+    if any(piece.entry.rows.shape[1:] != shape for piece in found):
+        raise CorruptDataError(f"rows of {series} have several shapes", "record them again after remove_activations()")
+    if series.dtype not in _TORCH_NAMES:
+        raise UnsupportedModelError(f"recorded activations of {series.dtype} cannot be read as a tensor")
+    count = sum(piece.count for piece in found)
+    memory = POOL.lease(count * width)
+    target, at = memoryview(memory).cast("B"), 0
+    for piece in found:
+        size = piece.count * width
+        target[at : at + size] = piece.entry.rows.data[piece.first * width : piece.first * width + size]
+        at += size
+    dtype = getattr(torch, _TORCH_NAMES[series.dtype])
+    return torch.frombuffer(memory, dtype=dtype, count=at // dtype.itemsize).view(count, *shape)

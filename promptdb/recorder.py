@@ -1,0 +1,375 @@
+"""Recorder: activations of prompts, computed where they are missing, kept beside the keys and values."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from promptdb.activations import Series, entry_of
+from promptdb.ambient import plain_torch
+from promptdb.collector import Collector, Where, dtype_name, encode_rows
+from promptdb.errors import CorruptDataError, InputTypeError, ReadOnlyStoreError, StoreError, UnsupportedModelError
+from promptdb.hook_context import Hook, PrecomputeContext
+from promptdb.hook_points import POINTS, canonical_name
+from promptdb.hook_points import HookVariableNames as N
+from promptdb.hook_wiring import Attachment, StopPass
+from promptdb.keys import unpack_tokens
+from promptdb.recordings import RecordedRows
+
+if TYPE_CHECKING:
+    from promptdb.db import PromptDB
+    from promptdb.engine import Engine
+    from promptdb.keys import Root
+    from promptdb.snapshot import Match, Snapshot
+    from promptdb.tokens import Prompt
+
+__all__ = ["Recorder", "Recording"]
+
+# A span may go, or the model change, between two looks; who loses so often has another problem.
+_ATTEMPTS = 3
+# What one transaction holds at most, unless one prompt has more.
+_GROUP_BYTES = 32 << 20
+_PASS_TOKENS = 2048
+# To run so many tokens that nobody asked for is cheaper than to load the past for another pass.
+_GAP_TOKENS = 64
+
+# Before the first layer.
+_EARLY = (N.POST_TOK_EMBEDDINGS, N.POST_POS_EMBEDDINGS)
+
+
+@dataclass(frozen=True)
+class Recording:
+    """What is recorded of one prompt. Tensors are read from the store when they are asked for.
+
+    Attributes
+    ----------
+    root, packed : identity and packed tokens of the prompt.
+    points : what was asked for: (point, layer) pairs, the layer None for points outside of layers.
+    positions : which tokens were, rising.
+    tokens_computed : how many tokens went through the model for it.
+    """
+
+    root: Root
+    packed: bytes
+    points: tuple[Where, ...]
+    positions: tuple[int, ...]
+    tokens_computed: int
+    _db: PromptDB = field(repr=False)
+    _dtype: str = field(repr=False)
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        """The prompt's tokens."""
+        return tuple(unpack_tokens(self.packed))
+
+    def tensor(self, point: str, layer: int | None = None) -> torch.Tensor:
+        """Return the recorded rows of a point: ``[len(positions), d]``; see :meth:`PromptDB.activations`."""
+        root = self.root
+        return self._db.activations(
+            self.packed,
+            point,
+            layer,
+            positions=self.positions,
+            dtype=self._dtype,
+            model=root.weights_id,
+            tokenizer=root.tokenizer_id,
+            namespace=root.namespace,
+            intervention=root.intervention_id,
+        )
+
+
+class Recorder:
+    """Records points of an engine's model, each row of each prefix once.
+
+    Parameters
+    ----------
+    engine : its store, model and tokenizer; with an intervention, what that makes of the points is recorded.
+    points : names as in :class:`~promptdb.hook_points.HookVariableNames`, module paths, or TransformerLens' names.
+    layers : for points that each layer has: an integer or several, negative ones from the last; all by default.
+    positions : which tokens: an integer, a slice, or several integers, negative ones from the prompt's end; all by
+        default.
+    dtype : what rows are stored in; by default the model's.
+
+    Raises
+    ------
+    InputTypeError
+        No such point or layer.
+    UnsupportedModelError
+        A point that the model does not have, or whose rows are as long as the text before them (scores and
+        probabilities), or the loss; and engines that are strict.
+    ReadOnlyStoreError
+        The store cannot be written.
+
+    Notes
+    -----
+    Thread safe: one recording at a time, like the engine's computations. A prompt whose keys and values are stored is
+    not run again: only spans that lack a row are, on top of the stored past, up to the deepest layer wanted.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        points: Sequence[str] | str,
+        *,
+        layers: int | Iterable[int] | None = None,
+        positions: int | slice | Iterable[int] | None = None,
+        dtype: torch.dtype | str | None = None,
+    ) -> None:
+        if engine.strict:
+            raise UnsupportedModelError(
+                "a strict engine reuses only what was computed in one pass, which recordings do not tell",
+                "record with Engine(strict=False)",
+            )
+        if engine.kv_codec:
+            raise UnsupportedModelError(
+                "activations after approximate keys and values would be approximate, too",
+                "record with an engine without kv_codec",
+            )
+        if engine.db.readonly:
+            raise ReadOnlyStoreError("a store that is open for reading cannot record", "open it without readonly")
+        self.engine = engine
+        self._dtype = dtype_name(engine.model.dtype if dtype is None else dtype)
+        self._which = Hook(N.LOGITS, lambda x, pctx: None, positions=positions)  # knows how positions are counted
+        names = [points] if isinstance(points, str) else list(points)
+        self.points = tuple(dict.fromkeys(self._resolve(names, layers)))
+        if not self.points:
+            raise InputTypeError("nothing to record", "give at least one point and one layer")
+        self._last_layer = self._deepest()
+
+    def _resolve(self, names: Sequence[str], layers: int | Iterable[int] | None) -> Iterator[Where]:
+        asked = list(layers) if isinstance(layers, Iterable) else layers
+        for asked_name in names:
+            canonical, _ = canonical_name(asked_name)
+            point = POINTS.get(canonical)
+            if canonical == N.UNREDUCED_LOSS:
+                raise UnsupportedModelError(f"{canonical} is not recorded", "token_logprobs are the same, negated")
+            if point is not None and point.is_pairwise:
+                raise UnsupportedModelError(
+                    f"{canonical} is not recorded: a token's row is as long as the text before it",
+                    "read it with a hook",
+                )
+            hook = Hook(asked_name, lambda x, pctx: None)
+            if point is not None and point.by_layer and hook.layers is None:
+                hook = Hook(asked_name, hook.fn, layers=asked)
+            # As attaching resolves it: a name that the model does not have is refused here.
+            pctx = PrecomputeContext(self.engine.model.config, [hook])
+            with self.engine._lock, Attachment(self.engine.model, pctx, is_identified=True) as attached:
+                found = attached.points
+            for name, layer in found:
+                yield name, layer if name in POINTS else None
+
+    def _deepest(self) -> int | None:
+        """Return the last layer that has to be run, or None if all of the model has."""
+        layers = []
+        for name, layer in self.points:
+            if name not in _EARLY and layer is None:
+                return None
+            layers.append(layer or 0)
+        return max(layers)
+
+    def run(self, prompts: Iterable[Any]) -> list[Recording]:
+        """Make sure that all points of all prompts are recorded, durably.
+
+        Parameters
+        ----------
+        prompts : each as for :meth:`Engine.get`. Their keys and values are stored as well.
+
+        Returns
+        -------
+        list of Recording
+            One for each prompt, in order.
+
+        Raises
+        ------
+        As :meth:`Engine.get`; and QuotaExceededError, StoreFullError. What was recorded before is stored.
+
+        Notes
+        -----
+        Memory: the points of one prompt, and 32 MiB that wait for a transaction.
+        """
+        work = _Work(self.engine, self.points, self._dtype)
+        with self.engine._lock, plain_torch(self.engine.device):
+            try:
+                return [self._record(work, self.engine.tokenize(prompt)) for prompt in prompts]
+            finally:
+                work.commit()
+
+    def _record(self, work: _Work, asked: Prompt) -> Recording:
+        total = asked.num_tokens
+        rows = self._which.rows(0, total, total)
+        positions = range(total) if rows is None else rows
+        computed = 0
+        for attempt in range(_ATTEMPTS):
+            root = self.engine.root
+            if attempt:
+                self.engine._extender.held = None  # the engine believes that it is stored
+            computed += work.ensure_stored(root, asked)
+            match = work.match(root, asked.packed)
+            if match.num_tokens < total:
+                continue  # evicted, or removed: again
+            missing = work.missing(match, positions)
+            computed += work.compute(match, missing, self._last_layer)
+            if self.engine.root == root and work.keep(match, missing):
+                found = tuple(positions)
+                return Recording(root, asked.packed, self.points, found, computed, self.engine.db, self._dtype)
+        raise StoreError(
+            f"{total} tokens could not be recorded: spans vanish, or the model changes, as fast as they are computed",
+            "raise the store's quota, or record fewer prompts at once",
+        )
+
+
+Missing = dict[Where, dict[int, list[int]]]
+"""By point and layer, by number of a match's step: positions that are to be recorded."""
+
+
+class _Work:
+    """One run of a recorder: what was seen, and what waits to be stored. Holds the engine's lock."""
+
+    def __init__(self, engine: Engine, points: Sequence[Where], dtype: str) -> None:
+        self._engine, self._points, self._dtype = engine, points, dtype
+        self._collector = Collector(points)
+        self._waiting: list[RecordedRows] = []
+        self._waiting_bytes = 0
+        self._pending: dict[tuple[bytes, Where], set[int]] = defaultdict(set)  # offsets that wait, by node
+
+    @contextmanager
+    def _hooked(self, last_layer: int | None) -> Iterator[None]:
+        """Let the engine's passes be seen by the collector, after the hooks of an intervention."""
+        runner, intervention = self._engine._extender.runner, self._engine.intervention
+        before = runner.attach
+
+        def attach() -> AbstractContextManager[object]:
+            hooks = [*(intervention.hooks if intervention is not None else ()), *self._collector.hooks()]
+            pctx = PrecomputeContext(runner.model.config, hooks)
+            return Attachment(runner.model, pctx, last_layer=last_layer, is_identified=True)
+
+        runner.attach = attach
+        try:
+            yield
+        finally:
+            runner.attach = before
+
+    def match(self, root: Root, packed: bytes) -> Match:
+        """Return what is stored of a prompt, after waiting for what is being written."""
+        return self._engine._extender.match(root, packed, use_held=False)
+
+    def ensure_stored(self, root: Root, asked: Prompt) -> int:
+        """Store keys and values of a prompt, looking at the points on the way; return how many tokens were computed."""
+        self._collector.clear()
+        if self.match(root, asked.packed).num_tokens == asked.num_tokens:
+            return 0
+        if self._engine.db.limits().quota_bytes:
+            self.commit()  # spans of what waits may have to go for this prompt
+        with self._hooked(None):
+            found = self._engine.get(asked)
+        self._engine._extender.storer.queue.flush()
+        return found.tokens_computed
+
+    def missing(self, match: Match, positions: Sequence[int]) -> Missing:
+        """Return what is to be recorded of a prompt that is stored."""
+        found: Missing = {}
+        with self._engine.db.read() as snapshot:
+            for where in self._points:
+                at = 0
+                by_step = found[where] = {}
+                for number, step in enumerate(match.steps):
+                    begin = at
+                    while at < len(positions) and positions[at] < step.end:
+                        at += 1
+                    if at > begin:
+                        stored = self._stored(snapshot, step.node, where, step.span_tokens)
+                        lacking = [each for each in positions[begin:at] if each - step.start not in stored]
+                        if lacking:
+                            by_step[number] = lacking
+        return found
+
+    def _stored(self, snapshot: Snapshot, node: bytes, where: Where, span_tokens: int) -> set[int]:
+        """Return which tokens of a span have their row, in the store or waiting for it."""
+        offsets = set(self._pending.get((node, where), ()))
+        try:
+            entry = entry_of(snapshot, node, Series(*where, self._dtype), span_tokens)
+        except CorruptDataError:
+            return offsets  # written again, over what is damaged
+        return offsets.union(() if entry is None else entry.tokens())
+
+    def compute(self, match: Match, missing: Missing, last_layer: int | None) -> int:
+        """Run what is missing and was not seen yet, on top of the stored past; return how many tokens were run."""
+        extender = self._engine._extender
+        token_ids = torch.tensor(unpack_tokens(match.packed), dtype=torch.int64, device="cpu")
+        total = 0
+        for start, end in self._ranges(missing):
+            cache = extender.cache_of(match, start)
+            if cache is None:
+                return total  # a span has gone
+            extender.runner.check_mode()
+            extender.runner.check_placement()
+            for first in range(start, end, _PASS_TOKENS):
+                last = min(first + _PASS_TOKENS, end)
+                with self._hooked(last_layer), _stopping():
+                    extender.runner.step(token_ids, cache, first, last)
+                total += last - first
+        return total
+
+    def _ranges(self, missing: Missing) -> list[tuple[int, int]]:
+        """Return rising ranges of positions that have to go through the model."""
+        wanted: set[int] = set()
+        for where, by_step in missing.items():
+            for positions in by_step.values():
+                if self._collector.rows(where, positions) is None:
+                    wanted.update(positions)
+        ranges: list[tuple[int, int]] = []
+        for position in sorted(wanted):
+            if ranges and position - ranges[-1][1] <= _GAP_TOKENS:
+                ranges[-1] = (ranges[-1][0], position + 1)
+            else:
+                ranges.append((position, position + 1))
+        return ranges
+
+    def keep(self, match: Match, missing: Missing) -> bool:
+        """Encode what was seen, to be stored; return whether everything that is missing was seen."""
+        for where, by_step in missing.items():
+            for number, positions in by_step.items():
+                step = match.steps[number]
+                rows = self._collector.rows(where, positions)
+                if rows is None:
+                    return False
+                series = Series(*where, self._dtype)
+                offsets = [position - step.start for position in positions]
+                recorded = encode_rows(step.node, series, rows, offsets)
+                self._waiting.append(recorded)
+                self._waiting_bytes += len(recorded.value)
+                self._pending[step.node, where].update(offsets)
+        if self._waiting_bytes >= _GROUP_BYTES:
+            self.commit()
+        return True
+
+    def commit(self) -> None:
+        """Store what waits.
+
+        Raises
+        ------
+        StoreError
+            A span went before its rows were stored; or as :meth:`PromptDB.put_activations`.
+        """
+        waiting, self._waiting, self._waiting_bytes = self._waiting, [], 0
+        self._pending.clear()
+        self._collector.clear()
+        report = self._engine.db.put_activations(waiting)
+        if report.num_dropped:
+            raise StoreError(
+                f"{report.num_dropped} recorded spans were removed from the store before their rows were written",
+                "raise the store's quota; running again records them",
+            )
+
+
+@contextmanager
+def _stopping() -> Iterator[None]:
+    try:
+        yield
+    except StopPass:
+        return
