@@ -37,8 +37,8 @@ def test_a_changed_tensor_under_valid_checksums_is_found(db, monkeypatch):
 
     encode = storer.encode_span
 
-    def poisoned(source, start, end, scores):
-        blobs = encode(source, start, end, scores)
+    def poisoned(source, start, end, scores, kv_codec):
+        blobs = encode(source, start, end, scores, kv_codec)
         if start == 16:
             values = torch.frombuffer(blobs["kv"], dtype=torch.float32)
             values[-1] += 0.01

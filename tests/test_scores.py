@@ -249,8 +249,8 @@ def test_spans_lose_their_first_tokens_together(db):
 def store_with(monkeypatch, change, start=None):
     """Have score blobs written with other tensors: all of them, or those of spans that start at ``start``."""
 
-    def encode(source, first, end, scores):
-        blobs = encode_span(source, first, end, scores)
+    def encode(source, first, end, scores, kv_codec):
+        blobs = encode_span(source, first, end, scores, kv_codec)
         if start in (None, first):
             tensors = {
                 name: (TensorSpec(name, view.dtype, view.shape), bytes(view.data))
