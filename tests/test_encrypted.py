@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from promptdb import PromptDB
+from promptdb.activations import Series
 from promptdb.archive import Selection, export_nodes, import_archive
 from promptdb.backup import backup, check_store
 from promptdb.blobs import TensorSpec, build_blob
@@ -28,6 +29,7 @@ from promptdb.errors import (
 from promptdb.format import BLOBS, CHILDREN, LABELS, LOGITS, META, NODES, SEAL_KEY, STORE_KEY, TABLES, Group
 from promptdb.keys import Root, pack_tokens, unpack_tokens
 from promptdb.life import charge
+from promptdb.recordings import RecordedRows
 from promptdb.sealed import SealedIndex
 from promptdb.trie import cut
 from promptdb.userkey import KEY_FILE_VARIABLE, KEY_VARIABLE
@@ -99,6 +101,9 @@ def fill(db):
     put(db, PROMPT)
     put(db, BRANCH)
     put(db, BRANCH, TENANT, ttl_s=1e9)
+    node = db.lookup(PROMPT, model=ROOT.weights_id, tokenizer=ROOT.tokenizer_id).steps[0].node
+    rows = build_blob([(TensorSpec("rows", "F32", (1, 2)), float_bytes(PROMPT[0]) * 2)])
+    db.put_activations([RecordedRows(node, Series("post-mlp", 0, "F32"), bytearray(16) + rows)])
     db.set_ttl(1e9, namespace=TENANT.namespace)
     db.pin(ROOT, BRANCH, name="a secret pin")
     db.tag("a secret tag", ROOT, PROMPT)
