@@ -13,14 +13,16 @@ if TYPE_CHECKING:
     from promptdb.calls import cached
     from promptdb.db import PromptDB
     from promptdb.engine import Engine
+    from promptdb.recorder import Recorder
     from promptdb.representation import Representation
     from promptdb.text import Text, run
 
-__all__ = ["Engine", "PromptDB", "Representation", "Text", "__version__", "cached", "run"]
+__all__ = ["Engine", "PromptDB", "Recorder", "Representation", "Text", "__version__", "cached", "run"]
 
 _LAZY = {
     "Engine": "promptdb.engine",
     "PromptDB": "promptdb.db",
+    "Recorder": "promptdb.recorder",
     "Representation": "promptdb.representation",
     "Text": "promptdb.text",
     "cached": "promptdb.calls",

@@ -6,6 +6,7 @@ keys and values, and one token of one prefix has each of its rows once. FORMAT.m
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from promptdb.blobs import DTYPE_BYTES, TensorSpec, TensorView, build_blob, parse_blob
 from promptdb.errors import CorruptDataError, InputTypeError
 from promptdb.format import ACTIVATIONS, CHECKSUM_BYTES, checksum
-from promptdb.keys import DIGEST_BYTES, pack_tokens, unpack_tokens
+from promptdb.keys import DIGEST_BYTES, num_tokens, pack_tokens, unpack_tokens
 from promptdb.tables import Reader
 
 if TYPE_CHECKING:
@@ -107,8 +108,6 @@ class Entry:
 
 
 def _find(rising: Sequence[int], value: int) -> int | None:
-    from bisect import bisect_left
-
     at = bisect_left(rising, value)
     return at if at < len(rising) and rising[at] == value else None
 
@@ -242,28 +241,32 @@ def pieces(
     CorruptDataError
         An entry does not hold.
     """
-    total = len(match.packed) // 4
-    wanted: Sequence[int] = range(total) if positions is None else positions
+    wanted: Sequence[int] = range(num_tokens(match.packed)) if positions is None else positions
+    if wanted and wanted[-1] - wanted[0] == len(wanted) - 1:
+        wanted = range(wanted[0], wanted[-1] + 1)
     found: list[Piece] = []
     missing: list[int] = []
     at = 0
     for step in match.steps:
-        here = at
-        while here < len(wanted) and wanted[here] < step.end:
-            here += 1
-        if here == at:
+        begin, at = at, bisect_left(wanted, step.end, at)
+        if at == begin:
             continue
+        here = wanted[begin:at]
         entry = entry_of(snapshot, step.node, series, step.span_tokens)
-        for position in wanted[at:here]:
-            row = None if entry is None else entry.row_of(position - step.start)
-            if row is None or entry is None:
-                missing.append(position)
-                continue
-            last = found[-1] if found else None
-            if last is not None and last.entry is entry and last.first + last.count == row:
-                found[-1] = Piece(last.start, entry, last.first, last.count + 1)
-            else:
-                found.append(Piece(position, entry, row, 1))
-        at = here
+        if entry is None:
+            missing += here
+        elif entry.offsets is None and isinstance(here, range):  # the usual case, without looking at each token
+            first = here[0] - step.start
+            count = min(len(here), max(0, entry.num_rows - first))
+            if count:
+                found.append(Piece(here[0], entry, first, count))
+            missing += here[count:]
+        else:
+            for position in here:
+                row = entry.row_of(position - step.start)
+                if row is None:
+                    missing.append(position)
+                else:
+                    found.append(Piece(position, entry, row, 1))
     missing += wanted[at:]
     return found, missing

@@ -58,6 +58,7 @@ class Intervention:
         self.name, self.version, self.hooks = name, version, tuple(hooks)
         self.parameters = dict(parameters or {})
         self._digests: dict[int, tuple[torch.Tensor, tuple[int, int], bytes]] = {}
+        self._codes: dict[types.CodeType, str] = {}
         if not isinstance(name, str) or not isinstance(version, str) or not name:
             raise InputTypeError("an intervention's name and version must be text")
         if not self.hooks:
@@ -111,7 +112,10 @@ class Intervention:
         if id(function) in seen:
             return
         seen.add(id(function))
-        hasher.field("code", code_id(where, function)).field("bytecode", function.__code__.co_code)
+        code = function.__code__
+        if code not in self._codes:  # reads the file: too slow for every call
+            self._codes[code] = code_id(where, function)
+        hasher.field("code", self._codes[code]).field("bytecode", code.co_code)
         self._add(hasher, f"{where}: a default", [function.__defaults__, function.__kwdefaults__], seen)
         for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
             hasher.field("closure", name)

@@ -57,7 +57,7 @@ class Recording:
     root: Root
     packed: bytes
     points: tuple[Where, ...]
-    positions: tuple[int, ...]
+    positions: Sequence[int]
     tokens_computed: int
     _db: PromptDB = field(repr=False)
     _dtype: str = field(repr=False)
@@ -202,7 +202,7 @@ class Recorder:
     def _record(self, work: _Work, asked: Prompt) -> Recording:
         total = asked.num_tokens
         rows = self._which.rows(0, total, total)
-        positions = range(total) if rows is None else rows
+        positions = range(total) if rows is None else tuple(rows)
         computed = 0
         for attempt in range(_ATTEMPTS):
             root = self.engine.root
@@ -215,8 +215,7 @@ class Recorder:
             missing = work.missing(match, positions)
             computed += work.compute(match, missing, self._last_layer)
             if self.engine.root == root and work.keep(match, missing):
-                found = tuple(positions)
-                return Recording(root, asked.packed, self.points, found, computed, self.engine.db, self._dtype)
+                return Recording(root, asked.packed, self.points, positions, computed, self.engine.db, self._dtype)
         raise StoreError(
             f"{total} tokens could not be recorded: spans vanish, or the model changes, as fast as they are computed",
             "raise the store's quota, or record fewer prompts at once",
