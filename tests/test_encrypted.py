@@ -26,7 +26,19 @@ from promptdb.errors import (
     StoreError,
     StoreKeyError,
 )
-from promptdb.format import BLOBS, CHILDREN, LABELS, LOGITS, META, NODES, SEAL_KEY, STORE_KEY, TABLES, Group
+from promptdb.format import (
+    ACTIVATIONS,
+    BLOBS,
+    CHILDREN,
+    LABELS,
+    LOGITS,
+    META,
+    NODES,
+    SEAL_KEY,
+    STORE_KEY,
+    TABLES,
+    Group,
+)
 from promptdb.keys import Root, pack_tokens, unpack_tokens
 from promptdb.life import charge
 from promptdb.recordings import RecordedRows
@@ -199,7 +211,7 @@ def test_what_is_stored_is_charged(path):
     with PromptDB(path, key=KEY) as db:
         total = 256 * db.stat()["num_nodes"]
         with raw(db).read() as reader:
-            for table in (NODES, CHILDREN, BLOBS, LOGITS):
+            for table in (NODES, CHILDREN, BLOBS, LOGITS, ACTIVATIONS):
                 total += sum(charge(len(key), len(value)) for key, value in reader.scan(table))
         assert db.usage()["charged_bytes"] == total
         pinned = db.usage()["pinned_bytes"]

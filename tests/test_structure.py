@@ -109,7 +109,8 @@ def test_nothing_in_the_library_imports_the_command_line():
 
 
 def test_public_names():
-    assert promptdb.__all__ == ["Engine", "PromptDB", "Recorder", "Representation", "Text", "__version__", "cached", "run"]
+    names = ["Engine", "PromptDB", "Recorder", "Representation", "Text", "__version__", "cached", "run"]
+    assert promptdb.__all__ == names
     for name in promptdb.__all__:
         assert getattr(promptdb, name) is not None
     assert dir(promptdb) == sorted(promptdb.__all__)
