@@ -204,6 +204,8 @@ class _Window:
                 runner.check_mode()
                 runner.check_placement()
                 self._extender.storer.queue.flush()
+                if not attempts:
+                    self._extender.pull(root, self._prompts)
                 healed = self._extender.loader.num_healed
                 try:
                     return self._attempt(root, blindly=attempts == _ATTEMPTS - 1)

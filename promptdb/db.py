@@ -42,6 +42,7 @@ from promptdb.memory import MemoryIndex
 from promptdb.opening import check_options, default_path, open_index, read_settings
 from promptdb.pins import remove_spans
 from promptdb.registry import Registry
+from promptdb.shared_options import SharedOptions, resolve
 from promptdb.snapshot import Match, Snapshot, Verified
 from promptdb.tables import Index, Reader
 from promptdb.trie import descendants
@@ -49,6 +50,7 @@ from promptdb.trie import descendants
 if TYPE_CHECKING:
     from types import TracebackType
 
+    from promptdb.shared import Tier
     from promptdb.verify import Problem
 
 _PAGE_RECORDS = 256
@@ -71,6 +73,10 @@ class PromptDB(Lifecycle):
         when the store is created (no quota, and ``"cost"``, unless given).
     ttl_s : how many seconds prompts live that are put with this handle; by default, as their namespace's setting says.
     clock : seconds since 1970, for tests.
+    shared : URL of a store that is shared with other machines, or its :class:`~promptdb.shared_options.SharedOptions`;
+        by default ``$PROMPTDB_SHARED``, else the store's own setting; ``"none"`` for none. Engines fetch from there what
+        is missing here, and what is put here goes there. Not for stores that are open for reading only.
+    shared_required : a failure of the shared store is an error; otherwise it is a miss, and everything goes on.
 
     Raises
     ------
@@ -105,6 +111,8 @@ class PromptDB(Lifecycle):
         policy: str | None = None,
         ttl_s: float | None = None,
         clock: Callable[[], float] = time.time,
+        shared: str | SharedOptions | None = None,
+        shared_required: bool = False,
     ) -> None:
         if path is not None and not isinstance(path, (str, os.PathLike)):
             raise InputTypeError(f"path must be a str or a path, not {type(path).__name__}")
@@ -116,6 +124,13 @@ class PromptDB(Lifecycle):
         directory = Path(path) if path is not None else default_path()
         index = open_index(directory, readonly, map_bytes)
         self._open(directory, index, verify_reads, ttl_s, clock, (chunk_tokens, clock, quota_bytes, policy))
+        if not readonly:
+            try:
+                with index.read() as reader:
+                    self.shared = resolve(shared, shared_required, reader)
+            except BaseException:
+                index.close()
+                raise
 
     @classmethod
     def in_memory(
@@ -147,6 +162,9 @@ class PromptDB(Lifecycle):
     ) -> None:
         self.path = path
         self.ttl_s = ttl_s
+        self.shared: SharedOptions | None = None
+        self.tier: Tier | None = None  # made by promptdb.shared.connect
+        self._closing: list[Callable[[], None]] = []
         self._index = index
         self._clock = clock
         self._accesses = None if index.readonly else AccessLog()
@@ -162,6 +180,11 @@ class PromptDB(Lifecycle):
         self.format_version: int = settings["format_version"]  # when it was opened
 
     @property
+    def _shares(self) -> bool:
+        """Whether what is put here goes to the shared store."""
+        return self.shared is not None and not self.shared.readonly
+
+    @property
     def readonly(self) -> bool:
         """Whether this handle may only read."""
         return self._index.readonly
@@ -171,8 +194,14 @@ class PromptDB(Lifecycle):
 
         Writes when spans were used last, so it may wait for another writer.
         """
+        while self._closing:
+            self._closing.pop()()
         self.flush_accesses()
         self._index.close()
+
+    def at_close(self, work: Callable[[], None]) -> None:
+        """Have something done before the store is closed."""
+        self._closing.append(work)
 
     def __enter__(self) -> Self:
         return self
@@ -422,7 +451,7 @@ class PromptDB(Lifecycle):
             requests = [replace(each, ttl_s=self.ttl_s) if each.ttl_s is None else each for each in requests]
         used = self._accesses.take(_USES_PER_PUT) if self._accesses is not None else {}
         try:
-            return put_all(self._index, requests, clock=self._clock, used=used)
+            return put_all(self._index, requests, clock=self._clock, used=used, to_share=self._shares)
         except BaseException:
             if self._accesses is not None:
                 self._accesses.put_back(used)

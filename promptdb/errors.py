@@ -10,6 +10,7 @@
     │   ├── StoreFullError                no space left on the device
     │   ├── QuotaExceededError            a put that does not fit into the store's quota
     │   ├── RemoteFilesystemError         LMDB must not live on a network filesystem
+    │   ├── SharedError                   the shared store cannot be used; raised only where it is required
     │   └── WriteBehindError              a background write failed; raised by the next call and by close
     ├── CorruptDataError (ValueError)     a checksum, record or blob that does not hold
     ├── NodeNotFoundError (KeyError)      no stored span has this node ID
@@ -50,6 +51,7 @@ __all__ = [
     "QuotaExceededError",
     "ReadOnlyStoreError",
     "RemoteFilesystemError",
+    "SharedError",
     "StoreError",
     "StoreFullError",
     "TextEncodingError",
@@ -104,6 +106,10 @@ class QuotaExceededError(StoreError):
 
 class RemoteFilesystemError(StoreError):
     """The path is on a network filesystem, where LMDB's locks and memory map do not hold."""
+
+
+class SharedError(StoreError):
+    """The shared store cannot be reached, is not set up as it must be, or refuses what was asked of it."""
 
 
 class WriteBehindError(StoreError):
