@@ -18,8 +18,8 @@ class Breaker:
     """Says whether to ask a far side that may have failed. Thread safe.
 
     After a failure nobody asks for a while: a second, then twice as long each time, up to a minute, each stretched or
-    shortened by up to a half at random, so that many clients do not come back together. Then one caller tries; the others
-    wait for what becomes of it. The first failure of a row is logged, and so is the end of it.
+    shortened by up to a half at random, so that many clients do not come back together. Then one caller tries; the
+    others wait for what becomes of it. The first failure of a row is logged, and so is the end of it.
 
     Parameters
     ----------
@@ -76,6 +76,6 @@ class Breaker:
             if is_news:
                 wait_s = min(_LONGEST_WAIT_S, _FIRST_WAIT_S * 2**self._in_a_row)
                 self._in_a_row = min(self._in_a_row + 1, 16)
-                self._next_try = self._clock() + wait_s * random.uniform(0.5, 1.5)  # noqa: S311 - not for secrets
+                self._next_try = self._clock() + wait_s * random.uniform(0.5, 1.5)
         if is_first:
             logger.warning("%s failed, and is left alone for a while: %s", self._what, reason)

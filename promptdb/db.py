@@ -74,8 +74,8 @@ class PromptDB(Lifecycle):
     ttl_s : how many seconds prompts live that are put with this handle; by default, as their namespace's setting says.
     clock : seconds since 1970, for tests.
     shared : URL of a store that is shared with other machines, or its :class:`~promptdb.shared_options.SharedOptions`;
-        by default ``$PROMPTDB_SHARED``, else the store's own setting; ``"none"`` for none. Engines fetch from there what
-        is missing here, and what is put here goes there. Not for stores that are open for reading only.
+        by default ``$PROMPTDB_SHARED``, else the store's own setting; ``"none"`` for none. Engines fetch from there
+        what is missing here, and what is put here goes there. Not for stores that are open for reading only.
     shared_required : a failure of the shared store is an error; otherwise it is a miss, and everything goes on.
 
     Raises
@@ -98,6 +98,9 @@ class PromptDB(Lifecycle):
     ...     db.lookup([1, 2, 3], model="00" * 32, tokenizer="11" * 32).num_tokens
     0
     """
+
+    shared: SharedOptions | None = None
+    tier: Tier | None = None  # made by promptdb.shared.connect when it is used first
 
     def __init__(
         self,
@@ -162,8 +165,6 @@ class PromptDB(Lifecycle):
     ) -> None:
         self.path = path
         self.ttl_s = ttl_s
-        self.shared: SharedOptions | None = None
-        self.tier: Tier | None = None  # made by promptdb.shared.connect
         self._closing: list[Callable[[], None]] = []
         self._index = index
         self._clock = clock

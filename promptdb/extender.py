@@ -18,8 +18,8 @@ from promptdb.format import Layout
 from promptdb.keys import Root, common_prefix, num_tokens, unpack_tokens
 from promptdb.kv import KvSource
 from promptdb.loader import Loader
-from promptdb.representation import Representation
 from promptdb.pulling import Want
+from promptdb.representation import Representation
 from promptdb.runner import Runner, token_scores
 from promptdb.scores import TokenScores
 from promptdb.shared import connect

@@ -1,6 +1,6 @@
-"""What the shared tier needs of an engine on other machines: values under keys, in batches. And how one is opened.
+"""What the shared tier needs of an engine on other machines: values under keys, in batches. How one is opened.
 
-Implementations: :mod:`promptdb.far_redis`, :mod:`promptdb.far_objects`, and :mod:`promptdb.far_layers` for one in front of
+Implementations: :mod:`promptdb.far_redis`, :mod:`promptdb.far_objects`, and :mod:`promptdb.far_layers`, one in front of
 another. One contract suite, :mod:`promptdb.testing_shared`, runs on all of them against real servers.
 """
 

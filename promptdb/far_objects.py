@@ -64,7 +64,9 @@ class FarObjects:
             return self._opened
 
     def _open(self) -> Any:
-        from obstore.store import from_url
+        from obstore import store as stores
+
+        from_url: Any = stores.from_url
 
         if self._is_local:
             return from_url(self._url, mkdir=True)

@@ -83,7 +83,7 @@ class FarRedis:
     def _connect(self, use: str) -> Any:
         redis = _redis()
         from redis.backoff import NoBackoff
-        from redis.connection import Encoder, PythonRespSerializer
+        from redis.connection import PythonRespSerializer
         from redis.retry import Retry
 
         options: dict[str, Any] = {
@@ -100,7 +100,7 @@ class FarRedis:
             return self._connect_cluster(options)
         most = _LOOKUP_CONNECTIONS if use == "lookups" else self._options.concurrency
         # hiredis' packer copies a large value several times; this one sends it from where it is.
-        packer = PythonRespSerializer(6000, Encoder("utf-8", "strict", False).encode)
+        packer = PythonRespSerializer(6000, _encode)
         pool = redis.BlockingConnectionPool.from_url(
             self._url, max_connections=most, timeout=self._options.timeout_s, command_packer=packer, **options
         )
@@ -279,6 +279,10 @@ class FarRedis:
     def close(self) -> None:
         """Release all connections."""
         self._drop_clients()
+
+
+def _encode(value: Any) -> Any:
+    return value if isinstance(value, (bytes, memoryview)) else str(value).encode()
 
 
 def _part(key: str, number: int) -> str:

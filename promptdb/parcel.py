@@ -6,8 +6,9 @@ So a value can be checked by itself, by the code that checks archives, and :mod:
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import BinaryIO, cast
 
 from promptdb.db import PromptDB
 from promptdb.deposit import Deposit, ImportReport
@@ -47,7 +48,7 @@ class Parcel:
     node: bytes
     record: NodeRecord
     prefix: bytes
-    blobs: dict[str, bytearray]
+    blobs: Mapping[str, bytearray]
     logits: tuple[tuple[int, Bytes], ...]
 
     @property
@@ -92,9 +93,9 @@ class Parcel:
         size_bytes = self.record.size_bytes
         for blob in self.blobs.values():
             frames.write(BLOB, blob)
-        for position, blob in self.logits:
-            frames.write(LOGITS_AFTER, position.to_bytes(POSITION_BYTES, "little"), blob)
-            size_bytes += logits_bytes(blob)
+        for position, row in self.logits:
+            frames.write(LOGITS_AFTER, position.to_bytes(POSITION_BYTES, "little"), row)
+            size_bytes += logits_bytes(row)
         counted = totals(1, 1, self.record.num_tokens, len(self.logits), size_bytes)
         frames.write(DONE, pack_record(DONE_KEY, {**counted, "digest": frames.digest()}))
         return stream.getbuffer()
@@ -181,13 +182,6 @@ def unpack(pieces: Sequence[Bytes], node: bytes, db: PromptDB, deposit: Deposit)
             raise CorruptDataError("it is another span than the one that was asked for")
 
     options = ImportOptions(check_node=check_node)
-    incoming = Incoming(db, FrameReader(_stream(pieces)), options, _no_progress, deposit)
+    incoming = Incoming(db, FrameReader(cast(BinaryIO, _Stream(pieces))), options, lambda num_bytes: None, deposit)
     incoming.run()
     return incoming.report
-
-
-def _stream(pieces: Sequence[Bytes]) -> io.RawIOBase:
-    return _Stream(pieces)
-
-
-_no_progress: Callable[[int], object] = lambda num_bytes: None  # noqa: E731

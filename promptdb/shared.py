@@ -123,7 +123,9 @@ class Tier:
             if not is_ours:
                 return False
             done: list[bytes] = []
-            spans, logits, size_bytes = [], [], 0
+            spans: list[Parcel] = []
+            logits: list[Parcel] = []
+            size_bytes = 0
             for entry in entries:
                 parcel = self._load(entry)
                 done.append(entry.key)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
 from promptdb.errors import CorruptDataError, InputTypeError, SharedError
@@ -79,7 +80,8 @@ class SharedOptions:
             sign_with=environment.get(SIGN_VARIABLE, ""),
             trust=environment.get(TRUST_VARIABLE, ""),
         )
-        kept, found = [], {}
+        kept: list[str] = []
+        found: dict[str, Any] = {}
         for each in url.split():
             parts = urlsplit(each)
             rest = []

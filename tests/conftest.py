@@ -10,7 +10,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 
-pytest.register_assert_rewrite("promptdb.testing")
+pytest.register_assert_rewrite("promptdb.testing", "promptdb.testing_shared")
 
 from promptdb import PromptDB  # noqa: E402
 
