@@ -1,4 +1,4 @@
-"""What the shared tier needs of an engine on other machines: values under keys, in batches. How one is opened.
+"""What the shared tier needs of an engine on other machines: values under keys, in batches.
 
 Implementations: :mod:`promptdb.far_redis`, :mod:`promptdb.far_objects`, and :mod:`promptdb.far_layers`, one in front of
 another. One contract suite, :mod:`promptdb.testing_shared`, runs on all of them against real servers.
@@ -8,10 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from typing import Protocol
-from urllib.parse import urlsplit
 
 from promptdb.errors import SharedError
-from promptdb.shared_options import REDIS_SCHEMES, SharedOptions
 
 
 class TooLargeError(SharedError):
@@ -25,7 +23,7 @@ Pieces = Sequence[Bytes]  # of one value, in order: joining them would be a copy
 class FarStore(Protocol):
     """Values under keys, on other machines. Thread safe.
 
-    Keys are ASCII: parts of letters, digits, ``.``, ``-`` and ``_``, joined by ``/``. Values are created whole, and never
+    Keys are ASCII: parts of letters, digits, ``.``, ``-`` and ``_``, joined by ``/``. Values are created whole, never
     changed. A value may vanish at any time, or lose a part; then it is a miss. Every method raises
     :class:`~promptdb.errors.SharedError`, with what to do about it, if the far side fails or refuses, within the
     timeouts of its options for each round trip.
@@ -52,7 +50,7 @@ class FarStore(Protocol):
         """Remove values, and what is left of broken ones."""
 
     def list(self, prefix: str) -> Iterator[str]:
-        """Yield the keys under a prefix that ends with ``/``, in any order. May be slow; what is put meanwhile may show."""
+        """Yield the keys under a prefix that ends with ``/``, in any order. Slow; what is put meanwhile may show."""
 
     def facts(self) -> dict[str, str | int]:
         """Return what the far side says of itself, to be shown: version, limits, use. Empty if it may not."""
@@ -64,29 +62,3 @@ class FarStore(Protocol):
 def joined(pieces: Pieces) -> bytes:
     """Return a value's bytes in one piece."""
     return bytes(pieces[0]) if len(pieces) == 1 else b"".join(pieces)
-
-
-def open_far(options: SharedOptions) -> FarStore:
-    """Return the store of a URL. Connects when it is used first.
-
-    Raises
-    ------
-    SharedError
-        The client is not installed, or the URL cannot be used.
-    """
-    stores = [_open(url, options) for url in options.url.split()]
-    if len(stores) == 1:
-        return stores[0]
-    from promptdb.far_layers import FarLayers
-
-    return FarLayers(stores)
-
-
-def _open(url: str, options: SharedOptions) -> FarStore:
-    if urlsplit(url).scheme in REDIS_SCHEMES:
-        from promptdb.far_redis import FarRedis
-
-        return FarRedis(url, options)
-    from promptdb.far_objects import FarObjects
-
-    return FarObjects(url, options)

@@ -36,7 +36,7 @@ class FarObjects:
 
     Parameters
     ----------
-    url : ``s3://BUCKET/PATH``, ``gs://BUCKET/PATH``, ``az://ACCOUNT/CONTAINER/PATH`` or ``file:///DIRECTORY``. Its query
+    url : ``s3://BUCKET/PATH``, ``gs://BUCKET/PATH``, ``az://ACCOUNT/CONTAINER/PATH``, ``file:///DIRECTORY``. Its query
         goes to obstore: ``endpoint``, ``region``, ``allow_http``, ... Secrets come from the environment, as the clouds'
         own tools read it.
     """

@@ -1,8 +1,8 @@
 """Redis and Valkey, standalone or Cluster, as a far store. The only importer of redis.
 
 A value is one key of its own, the manifest (size, checksum, and the value itself if that is small), written last, and
-parts of 4 MiB under keys beside it: a client that waits behind a large reply waits for no more than a part. A part that the
-server evicted makes the value a miss, and so does a checksum that does not hold.
+parts of 4 MiB under keys beside it: who waits behind a large reply waits for no more than a part. A part that was
+evicted makes the value a miss, and so does a checksum that does not hold.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ class FarRedis:
         return redis.Redis(connection_pool=pool)
 
     def _connect_cluster(self, options: dict[str, Any]) -> Any:
-        from redis.cluster import ClusterNode, RedisCluster
+        from redis.cluster import RedisCluster
 
         parts = urlsplit(self._url)
         user, at, hosts = parts.netloc.rpartition("@")
@@ -118,7 +118,7 @@ class FarRedis:
                 return RedisCluster.from_url(url, require_full_coverage=False, **options)
             except Exception as error:  # noqa: BLE001 - the next host may answer
                 failure = error
-        assert failure is not None and ClusterNode is not None
+        assert failure is not None
         raise failure
 
     @contextmanager
@@ -256,10 +256,11 @@ class FarRedis:
         with self._asking():
             try:
                 found = self._client("lookups").info() if not self._is_cluster else self._cluster_info()
-            except redis.NoPermissionError:
+            except redis.exceptions.NoPermissionError:
                 return {}
-        named = {
-            "server": f"{found.get('server_name', 'redis')} {found.get('valkey_version', found.get('redis_version', '?'))}",
+        version = found.get("valkey_version", found.get("redis_version", "?"))
+        named: dict[str, str | int] = {
+            "server": f"{found.get('server_name', 'redis')} {version}",
             "maxmemory_bytes": int(found.get("maxmemory", 0)),
             "used_bytes": int(found.get("used_memory", 0)),
             "policy": str(found.get("maxmemory_policy", "?")),

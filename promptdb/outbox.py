@@ -1,6 +1,6 @@
 """The durable queue of what the shared store does not have yet: names of spans and logits, written with them.
 
-An entry is put in by the transaction that stores what it names, and taken out when that has arrived on the far side. So a
+An entry is put in by the transaction that stores what it names, and taken out when that has arrived on the far side. A
 crash loses nothing; what was sent and not taken out is found there, and costs a question.
 """
 

@@ -1,6 +1,6 @@
 """One span as it travels to and from the shared store: an archive of its own, with what it stands on as tokens only.
 
-So a value can be checked by itself, by the code that checks archives, and :mod:`promptdb.incoming` is all that reads one.
+So a value can be checked by itself, by the code that checks archives: only :mod:`promptdb.incoming` reads one.
 """
 
 from __future__ import annotations

@@ -14,8 +14,9 @@ from time import monotonic
 from typing import TYPE_CHECKING
 
 from promptdb.errors import CorruptDataError, NodeNotFoundError, PromptDBError, SharedError
-from promptdb.far import FarStore, open_far
+from promptdb.far import FarStore
 from promptdb.far_calls import FarCalls
+from promptdb.far_open import open_far
 from promptdb.keys import Root
 from promptdb.outbox import SPAN, Waiting, take_out, waiting
 from promptdb.parcel import Parcel, load_logits, load_parcel
@@ -68,8 +69,8 @@ class Tier:
 
     Notes
     -----
-    Nothing is connected until something is asked for. A thread sends what waits in the store's outbox, in one process at a
-    time; closing gives it a few seconds, and what is left then waits for the next time.
+    Nothing is connected until something is asked for. A thread sends what waits in the store's outbox, in one process
+    at a time; closing gives it a few seconds, and what is left then waits for the next time.
     """
 
     def __init__(self, db: PromptDB, options: SharedOptions, far: FarStore | None = None) -> None:
@@ -114,7 +115,7 @@ class Tier:
         return True
 
     def _send_some(self) -> bool:
-        """Send the oldest entries of the outbox, if this process is the one to do it; return whether there may be more."""
+        """Send the oldest entries of the outbox, if no other process does; return whether there may be more."""
         with self._db.read() as snapshot:
             entries = waiting(snapshot.reader, _BATCH_ENTRIES)
         if not entries or self.calls.writing.wait_s() or monotonic() < self._not_before:
@@ -160,8 +161,12 @@ class Tier:
             return _POLL_S
         except PromptDBError as error:
             logger.warning("nothing is sent to the shared store, as the local one fails: %s", error)
-            self._not_before = monotonic() + _LOCAL_FAILURE_S
-            return _POLL_S
+        except Exception:
+            if self._is_closing:  # what it used was closed under it
+                return 0.0
+            logger.exception("sending to the shared store failed")
+        self._not_before = monotonic() + _LOCAL_FAILURE_S
+        return _POLL_S
 
     def _rest(self, seconds: float) -> None:
         with self._wake:

@@ -1,7 +1,7 @@
 """Who computed a value: Ed25519 signatures of what goes to the shared store. The only importer of cryptography.
 
-Keys and values that came from a model cannot be told from others without computing them again. So whoever can write to the
-shared store can poison it; a signature says who did, and readers choose whom they trust.
+Keys and values that came from a model cannot be told from others without computing them again. So whoever can write to
+the shared store can poison it; a signature says who did, and readers choose whom they trust.
 """
 
 from __future__ import annotations

@@ -12,6 +12,8 @@ import pytest
 
 pytest.register_assert_rewrite("promptdb.testing", "promptdb.testing_shared")
 
+from shared_tools import machine  # noqa: E402, F401 - a fixture
+
 from promptdb import PromptDB  # noqa: E402
 
 # Compared with a single pass, exactly (to 1e-5 in float32).

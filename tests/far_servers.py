@@ -35,9 +35,9 @@ def free_port() -> int:
 def free_cluster_port() -> int:
     """Return a free port whose neighbour 10,000 above is free too: nodes of a cluster talk there."""
     for port in random.sample(range(20_000, 45_000), 200):
-        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
-            with socket.create_server(("127.0.0.1", port + 10_000)):
-                return port
+        bus = ("127.0.0.1", port + 10_000)
+        with suppress(OSError), socket.create_server(("127.0.0.1", port)), socket.create_server(bus):
+            return port
     raise AssertionError("no two free ports")
 
 

@@ -1,9 +1,10 @@
-"""The contract of far stores, against real servers: Redis, a Redis Cluster, a directory, and one in front of another."""
+"""The contract of far stores, against real servers: Redis, its Cluster, a directory, and one in front of another."""
 
 import pytest
-
 from far_servers import needs_redis, redis_cluster, redis_server
-from promptdb.far import FarStore, open_far
+
+from promptdb.far import FarStore
+from promptdb.far_open import open_far
 from promptdb.shared_options import SharedOptions
 from promptdb.testing_shared import FarContract
 

@@ -24,7 +24,7 @@ ORDER = (
     "rebuild", "ledger", "pins", "eviction", "audit", "verify", "commits", "collect", "lifecycle", "opening", "db",
     "testing",
     "frames", "streams", "intake", "outgoing", "deposit", "incoming", "archive", "backup",
-    "far", "far_redis", "far_objects", "far_layers", "testing_shared",
+    "far", "far_redis", "far_objects", "far_layers", "far_open", "testing_shared",
     "breaker", "signing", "parcel", "far_index", "far_calls", "pulling", "pushing", "shared",
     "cost", "explain",
     "buffers", "ambient", "cache", "staging", "scores", "kv", "masks", "runner", "probe", "loader", "writer", "storer",
