@@ -127,7 +127,7 @@ class FarCalls:
         breaker.succeeded()
         return result
 
-    def fetch(self, wanted: Sequence[tuple[str, int]]) -> Iterator[Pieces | None]:
+    def fetch(self, wanted: Sequence[tuple[str, int]], deadline_s: float | None = None) -> Iterator[Pieces | None]:
         """Yield values in order, fetched in parallel ahead of whoever takes them, within the deadline of the options.
 
         Parameters
@@ -137,7 +137,7 @@ class FarCalls:
         if not wanted:
             return
         self._check(self.reading)
-        ends = monotonic() + self.options.deadline_s
+        ends = monotonic() + (deadline_s or self.options.deadline_s)
         futures: deque[Future[list[Pieces | None]]] = deque()
         ahead = iter(wanted)
         upcoming = next(ahead, None)

@@ -70,7 +70,7 @@ class Puller:
         self._is_local_failure_known = False
 
     def pull(self, root: Root, wants: Sequence[Want], compute_tokens_per_s: float | None = None) -> int:
-        """Store here what the far side has of prompts beyond what is here; return how many tokens, or logits, are new.
+        """Store here what the far side has of prompts beyond what is here; return 0 unless something may be new.
 
         Parameters
         ----------
@@ -87,6 +87,7 @@ class Puller:
         Waits no longer than the timeouts and the deadline of the options. What came before a failure is stored.
         """
         wants = [want for want in wants if want.start < num_tokens(want.packed) or not want.has_logits]
+        items: list[Item] = []
         try:
             if not wants or not self._is_worth(wants, compute_tokens_per_s):
                 return 0
@@ -96,7 +97,7 @@ class Puller:
             if self._calls.options.required:
                 raise
             logger.debug("computed, not fetched: %s", error)
-            return 0
+            return len(items)  # what came before it failed may be here
 
     def _is_worth(self, wants: Sequence[Want], rate: float | None) -> bool:
         """Return whether asking may pay: a round trip can take longer than computing a few tokens."""
@@ -190,24 +191,32 @@ class Puller:
 
     # Fetching
 
-    def fetch(self, items: Sequence[Item], progress: Callable[[Entry], object] = lambda entry: None) -> int:
-        """Fetch values, check them, and store their spans; return how many tokens, or logits, are new here."""
+    def fetch(
+        self,
+        items: Sequence[Item],
+        progress: Callable[[Item], object] = lambda item: None,
+        deadline_s: float | None = None,
+    ) -> int:
+        """Fetch values, check them, and store their spans; return how many tokens, or logits, are new here.
+
+        Raises
+        ------
+        SharedError
+            The far side fails. What came before that is stored.
+        """
         report = ImportReport()
         deposit = Deposit(self._db, report, is_shared=True)
         began, size_bytes = monotonic(), 0
         broken: set[str] = set()
-        values = self._calls.fetch([(value_key(item.entry.value), item.entry.size_bytes) for item in items])
+        wanted = [(value_key(item.entry.value), item.entry.size_bytes) for item in items]
+        values = self._calls.fetch(wanted, deadline_s)
         try:
             for item, pieces in zip(items, values, strict=True):
                 if item.after not in broken and self._take(item.key, item.entry, pieces, deposit):
                     size_bytes += item.entry.size_bytes
-                    progress(item.entry)
+                    progress(item)
                 else:
                     broken.add(item.key)
-        except SharedError as error:
-            if self._calls.options.required:
-                raise
-            logger.debug("the rest is computed, not fetched: %s", error)
         finally:
             self._at_home(deposit.flush)
             self._calls.fetched(size_bytes, monotonic() - began)

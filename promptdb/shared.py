@@ -114,6 +114,14 @@ class Tier:
                 self._wake.wait(left_s)
         return True
 
+    def raise_failure(self) -> None:
+        """Raise :class:`SharedError` if sending fails at this moment. What was not sent waits."""
+        if self.calls.writing.last_failure:
+            raise SharedError(
+                f"nothing can be sent: {self.calls.writing.last_failure}",
+                "what waits is sent when the store is used again, or by `promptdb push`",
+            )
+
     def _send_some(self) -> bool:
         """Send the oldest entries of the outbox, if no other process does; return whether there may be more."""
         with self._db.read() as snapshot:

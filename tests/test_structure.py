@@ -25,7 +25,7 @@ ORDER = (
     "testing",
     "frames", "streams", "intake", "outgoing", "deposit", "incoming", "archive", "backup",
     "far", "far_redis", "far_objects", "far_layers", "far_open", "testing_shared",
-    "breaker", "signing", "parcel", "far_index", "far_calls", "pulling", "pushing", "shared",
+    "breaker", "signing", "parcel", "far_index", "far_calls", "pulling", "pushing", "shared", "shared_sync",
     "cost", "explain",
     "buffers", "ambient", "cache", "staging", "scores", "kv", "masks", "runner", "probe", "loader", "writer", "storer",
     "representation", "loading",
