@@ -45,16 +45,16 @@ def stored(path, prompt, root=ROOT):
 def test_push_and_pull(filled, url, tmp_path):
     two = tmp_path / "two"
     sent = run_json("push", "--db", filled, "--shared", url)
-    assert sent["num_sent"] == 10
+    assert sent["num_sent"] == 11
     assert run_json("push", "--db", filled, "--shared", url) == {
-        "num_sent": 0, "bytes_sent": 0, "num_present": 10, "num_too_large": 0,
+        "num_sent": 0, "bytes_sent": 0, "num_present": 11, "num_too_large": 0,
     }  # fmt: skip
     came = run_json("pull", "--db", two, "--shared", url)
-    assert (came["tokens_stored"], came["num_listed"], came["num_rejected"]) == (50 + 5 + 2 + 50, 10, 0)
+    assert (came["tokens_stored"], came["num_listed"], came["num_rejected"]) == (50 + 3 + 2 + 50, 11, 0)
     assert [stored(two, prompt) for prompt in PROMPTS] == [50, 33, 2]
     assert stored(two, PROMPTS[0], TENANT) == 50
     again = run_json("pull", "--db", two, "--shared", url)
-    assert (again["tokens_stored"], again["num_present"]) == (0, 10)
+    assert (again["tokens_stored"], again["num_present"]) == (0, 11)
     with PromptDB(two) as db:
         assert all(lookup(db, prompt).is_complete for prompt in PROMPTS)
         assert db.verify() == []
@@ -64,7 +64,7 @@ def test_parts_are_pushed(filled, url, tmp_path):
     with PromptDB(filled, readonly=True) as db:
         node = lookup(db, PROMPTS[0]).steps[2].node.hex()
     assert run_json("push", "--db", filled, "--shared", url, "--namespace", "tenant")["num_sent"] == 4
-    assert run_json("push", "--db", filled, "--shared", url + "2", "--tag", "chosen")["num_sent"] == 3
+    assert run_json("push", "--db", filled, "--shared", url + "2", "--tag", "chosen")["num_sent"] == 4
     assert run_json("push", node[:12], "--db", filled, "--shared", url + "3")["num_sent"] == 4
     assert run("push", node[:12], "--tag", "x", "--db", filled, "--shared", url, code=2)
     assert run("push", "--model", "no such", "--db", filled, "--shared", url, code=1)
@@ -76,7 +76,7 @@ def test_parts_are_pulled(filled, url, tmp_path):
     run("push", "--db", filled, "--shared", url)
     two = tmp_path / "two"
     assert run_json("pull", "--db", two, "--shared", url, "--namespace", "tenant")["tokens_stored"] == 50
-    assert run_json("pull", "--db", two, "--shared", url, "--model", "aaaa", "--namespace", "")["tokens_stored"] == 57
+    assert run_json("pull", "--db", two, "--shared", url, "--model", "aaaa", "--namespace", "")["tokens_stored"] == 55
     assert run_json("pull", "--db", tmp_path / "three", "--shared", url, "--model", "dddd")["num_listed"] == 0
     assert "knows no model" in run("pull", "--db", two, "--shared", url, "--model", "nobody", code=1).output
 
@@ -87,7 +87,7 @@ def test_sync(filled, url, tmp_path):
         put(db, [9, *PROMPTS[0]])
     run("push", "--db", filled, "--shared", url)
     found = run_json("sync", "--db", two, "--shared", url)
-    assert (found["sent"]["num_sent"], found["fetched"]["tokens_stored"]) == (4, 107)
+    assert (found["sent"]["num_sent"], found["fetched"]["tokens_stored"]) == (4, 105)
     assert "sent 0 spans" in run("sync", "--db", filled, "--shared", url).stdout
     assert stored(filled, [9, *PROMPTS[0]]) == 51
 
@@ -107,7 +107,7 @@ def test_the_setting(filled, url, tmp_path):
     assert "no shared store is named" in run("push", "--db", filled, code=2).output
     assert "not shared" in run("shared", "set", "none", "--db", filled).stdout
     assert url in run("shared", "set", url, "--db", filled).stdout
-    assert run_json("push", "--db", filled)["num_sent"] == 10
+    assert run_json("push", "--db", filled)["num_sent"] == 11
     assert "password" in run("shared", "set", "redis://a:b@host", "--db", filled, code=2).output
     assert run_json("shared", "set", "none", "--db", filled) == {"url": ""}
 
