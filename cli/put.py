@@ -20,7 +20,7 @@ from .dry_run import print_plan
 from .jobs import Feed, Interrupts, check_prompt, done_before, explaining, interruptible, job_options
 from .known import check_checkpoint
 from .lifetime import apply_lifetime
-from .options import device_option, lifetime_options, model_options, store_options
+from .options import device_option, lifetime_options, model_options, shared_option, store_options
 from .output import count, duration, print_json, print_line, print_table, size
 from .progress import Meter
 from .prompts import Asked, Line, as_asked, count_lines, nothing_in, stream_prompts
@@ -57,6 +57,7 @@ class PutResult:
 @model_options
 @device_option
 @lifetime_options
+@shared_option
 @store_options
 def put(
     texts: Sequence[str],
@@ -67,6 +68,7 @@ def put(
     namespace: str,
     tag: str | None,
     ttl_s: float | None,
+    shared: str | None,
     path: str | None,
     as_json: bool,
     skip_bad: bool,
@@ -122,7 +124,7 @@ def put(
             raise nothing_in(files)
         check_checkpoint(model)
         began = perf_counter()
-        with CountingDB(path, ttl_s) as db:
+        with CountingDB(path, ttl_s, shared) as db:
             with open_engine(db, model, dtype, device, namespace) as engine:
                 load_s = perf_counter() - began
                 interrupts.hold()

@@ -87,10 +87,13 @@ class FarObjects:
         """Tell a missing bucket from a missing object: later, both look alike."""
         try:
             next(iter(self._obstore.list(store, chunk_size=1)), None)
-        except PermissionError:
-            return  # who may not list may still read
-        except FileNotFoundError as error:
-            raise SharedError(f"{self.name}: there is no such bucket", "create it, or check its name") from error
+        except Exception as error:
+            text = str(error)
+            if isinstance(error, PermissionError) or "AccessDenied" in text:
+                return  # who may not list may still read
+            if isinstance(error, FileNotFoundError) or "NoSuchBucket" in text:
+                raise SharedError(f"{self.name}: there is no such bucket", "create it, or check its name") from error
+            raise
 
     def _each(self, work: Callable[[Item], Found], items: Sequence[Item]) -> list[Found]:
         """Do something for many items, some at a time."""
@@ -231,7 +234,11 @@ def _translated(error: Exception, name: str) -> SharedError:
     lower = text.lower()
     if "certificate" in lower:
         return SharedError(f"{name}: TLS fails: {text}", "check the certificate's dates and name, and SSL_CERT_FILE")
-    if isinstance(error, PermissionError) or kind in ("PermissionDeniedError", "UnauthenticatedError"):
+    if (
+        isinstance(error, PermissionError)
+        or kind in ("PermissionDeniedError", "UnauthenticatedError")
+        or "403 Forbidden" in text
+    ):
         return SharedError(
             f"{name}: access denied: {text}", "check the credentials and their rights; a full quota looks the same"
         )
