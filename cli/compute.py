@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 class CountingDB(PromptDB):
     """A store that remembers what its puts wrote until :meth:`claim` asks for it. Thread safe."""
 
-    def __init__(self, path: str | None, ttl_s: float | None) -> None:
-        super().__init__(path, ttl_s=ttl_s)
+    def __init__(self, path: str | None, ttl_s: float | None, shared: str | None = None) -> None:
+        super().__init__(path, ttl_s=ttl_s, shared=shared)
         self._lock = threading.Lock()
         # By length and content of the packed tokens of a put.
         self._reports: dict[int, dict[bytes, PutReport]] = {}

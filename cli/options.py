@@ -86,6 +86,17 @@ def lifetime_options(command: Command) -> Command:
     )
 
 
+def shared_option(command: Command) -> Command:
+    """Add ``--shared``."""
+    return click.option(
+        "--shared",
+        metavar="URL",
+        envvar="PROMPTDB_SHARED",
+        show_envvar=True,
+        help="A store shared with other machines: redis://HOST, s3://BUCKET/PATH, file:///DIRECTORY; or none.",
+    )(command)
+
+
 def prompt_arguments(command: Command) -> Command:
     """Add ``TEXT...`` (as ``texts``) and ``--file`` (as ``files``)."""
     command = click.option(

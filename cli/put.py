@@ -20,7 +20,14 @@ from .dry_run import print_plan
 from .jobs import Feed, Interrupts, check_prompt, done_before, explaining, interruptible, job_options
 from .known import check_checkpoint
 from .lifetime import apply_lifetime
-from .options import device_option, kv_codec_option, lifetime_options, model_options, store_options
+from .options import (
+    device_option,
+    kv_codec_option,
+    lifetime_options,
+    model_options,
+    shared_option,
+    store_options,
+)
 from .output import count, duration, print_json, print_line, print_table, size
 from .progress import Meter
 from .prompts import Asked, Line, as_asked, count_lines, nothing_in, stream_prompts
@@ -58,6 +65,7 @@ class PutResult:
 @kv_codec_option
 @device_option
 @lifetime_options
+@shared_option
 @store_options
 def put(
     texts: Sequence[str],
@@ -69,6 +77,7 @@ def put(
     kv_codec: str | None,
     tag: str | None,
     ttl_s: float | None,
+    shared: str | None,
     path: str | None,
     as_json: bool,
     skip_bad: bool,
@@ -126,7 +135,7 @@ def put(
             raise nothing_in(files)
         check_checkpoint(model)
         began = perf_counter()
-        with CountingDB(path, ttl_s) as db:
+        with CountingDB(path, ttl_s, shared) as db:
             with open_engine(db, model, dtype, device, namespace, kv_codec) as engine:
                 load_s = perf_counter() - began
                 interrupts.hold()

@@ -227,6 +227,8 @@ class _Window:
                 runner.check_mode()
                 runner.check_placement()
                 self._extender.storer.queue.flush()
+                if not attempts:
+                    self._extender.pull(root, self._prompts)
                 healed = self._extender.loader.num_healed
                 try:
                     results = self._attempt(root, blindly=attempts == _ATTEMPTS - 1)

@@ -14,6 +14,7 @@ from promptdb.format import BLOBS, LOGITS, NODES, BlobEntry, Layout, NodeRecord,
 from promptdb.keys import TOKEN_BYTES, PrefixHasher, Root, node_id, num_tokens
 from promptdb.ledger import Ledger, with_ledger
 from promptdb.life import DEFAULT_COMPRESSION, NEVER, read_limits, read_ttl, read_usage
+from promptdb.outbox import Outbox
 from promptdb.packing import pack
 from promptdb.rebuild import FIRST_VERSION_WITH_CODING, require_version
 from promptdb.served import Served, write_served
@@ -55,6 +56,7 @@ class PutRequest:
     logits : by position i, a blob with next-token logits after ``[0, i)``.
     ttl_s : how long the prompt lives at least, from now, in seconds; infinite: for ever. None: as the store's setting
         for its namespace says. What is stored of it already then lives as long too, if it would not have.
+    is_shared : it comes from the shared store, and need not go there.
     """
 
     root: Root
@@ -63,6 +65,7 @@ class PutRequest:
     encode: Callable[[int], Sequence[SpanPayload]]
     logits: Mapping[int, Bytes] = field(default_factory=dict)
     ttl_s: float | None = None
+    is_shared: bool = False
 
 
 @dataclass(frozen=True)
@@ -177,6 +180,7 @@ def put_all(
     clock: Callable[[], float] = time.time,
     used: Mapping[bytes, float] | None = None,
     served: Mapping[str, Served] | None = None,
+    to_share: bool = False,
 ) -> list[PutReport]:
     """Store what is not stored yet in one transaction; see :meth:`promptdb.PromptDB.put_many`.
 
@@ -185,17 +189,18 @@ def put_all(
     clock : seconds since 1970.
     used : last use of other prompts, by the last span of each, to be written with it.
     served : counts by weights ID, to be written with it.
+    to_share : queue what is new for the shared store, in the same transaction.
     """
     if not requests:
         return []
     compression = _compression(index)
     puts = [_Prepared(request, compression) for request in requests]
     try:
-        return _commit(index, puts, clock, used or {}, served or {})
+        return _commit(index, puts, clock, used or {}, served or {}, to_share)
     except StoreFullError as error:
         if not _make_space(index, puts, clock, error):
             raise
-        return _commit(index, puts, clock, {}, served or {})
+        return _commit(index, puts, clock, {}, served or {}, to_share)
 
 
 def _compression(index: Index) -> str:
@@ -209,11 +214,12 @@ def _commit(
     clock: Callable[[], float],
     used: Mapping[bytes, float],
     served: Mapping[str, Served],
+    to_share: bool,
 ) -> list[PutReport]:
     def work(ledger: Ledger) -> list[PutReport]:
         ledger.touch(used)
         write_served(ledger.writer, served)
-        reports = _put_in_order(ledger, puts)
+        reports = _put_in_order(ledger, puts, Outbox(ledger.writer, ledger.now) if to_share else None)
         keep_quota(ledger)
         return reports
 
@@ -262,7 +268,7 @@ def _make_space(index: Index, puts: Sequence[_Prepared], clock: Callable[[], flo
     return removed > 0
 
 
-def _put_in_order(ledger: Ledger, puts: Sequence[_Prepared]) -> list[PutReport]:
+def _put_in_order(ledger: Ledger, puts: Sequence[_Prepared], outbox: Outbox | None) -> list[PutReport]:
     reports, overlaps = [], {}
     ttls: dict[str, float | None] = {}
     for number, put in enumerate(puts):
@@ -274,7 +280,8 @@ def _put_in_order(ledger: Ledger, puts: Sequence[_Prepared]) -> list[PutReport]:
                 ttls[root.namespace] = read_ttl(ledger.writer, root.namespace)
             ttl_s = ttls[root.namespace]
         try:
-            reports.append(_put(ledger, put, NEVER if ttl_s is None else ledger.now + ttl_s))
+            expires = NEVER if ttl_s is None else ledger.now + ttl_s
+            reports.append(_put(ledger, put, expires, None if put.request.is_shared else outbox))
         except OverlapError as overlap:
             # It goes on, so that one more attempt is enough, however many overlap.
             overlaps[number] = overlap.position
@@ -283,7 +290,7 @@ def _put_in_order(ledger: Ledger, puts: Sequence[_Prepared]) -> list[PutReport]:
     return reports
 
 
-def _put(ledger: Ledger, put: _Prepared, expires_unix_s: float) -> PutReport:
+def _put(ledger: Ledger, put: _Prepared, expires_unix_s: float, outbox: Outbox | None) -> PutReport:
     writer = ledger.writer
     root, packed = put.request.root, put.request.packed
     walk = match(writer, root.digest, packed)
@@ -309,6 +316,8 @@ def _put(ledger: Ledger, put: _Prepared, expires_unix_s: float) -> PutReport:
         writer.put(NODES, node, data)
         attach(writer, child_hash, ids, node)
         ledger.add(node, record, len(data), expires_unix_s)
+        if outbox is not None:
+            outbox.add_span(node)
         if ledger.usage.num_orphans:
             _adopt(ledger, record, node, packed)
         written, tokens, size_bytes = written + 1, tokens + record.num_tokens, size_bytes + record.size_bytes
@@ -319,11 +328,11 @@ def _put(ledger: Ledger, put: _Prepared, expires_unix_s: float) -> PutReport:
         ledger.protected.update(step.node for step in walk.steps)
     ledger.extend(owner, expires_unix_s)
     if not dropped:
-        size_bytes += _put_logits(ledger, put, covered)
+        size_bytes += _put_logits(ledger, put, covered, outbox)
     return PutReport(written, tokens, size_bytes, dropped)
 
 
-def _put_logits(ledger: Ledger, put: _Prepared, covered: int) -> int:
+def _put_logits(ledger: Ledger, put: _Prepared, covered: int, outbox: Outbox | None) -> int:
     writer, root, packed = ledger.writer, put.request.root, put.request.packed
     size_bytes = 0
     for position, blob in put.logits.items():
@@ -334,6 +343,8 @@ def _put_logits(ledger: Ledger, put: _Prepared, covered: int) -> int:
                 value = pack_logits(digest, holder, blob)
                 writer.put(LOGITS, digest, value)
                 ledger.add_logits(root, holder, digest, len(value))
+                if outbox is not None:
+                    outbox.add_logits(digest, holder)
                 size_bytes += len(value)
     return size_bytes
 

@@ -43,6 +43,7 @@ from promptdb.pins import remove_spans
 from promptdb.recall import Recall
 from promptdb.registry import Registry
 from promptdb.served import Served, Tally
+from promptdb.shared_options import SharedOptions, resolve
 from promptdb.snapshot import Match, Snapshot, Verified
 from promptdb.tables import Index, Reader, Reading
 from promptdb.trie import descendants
@@ -51,6 +52,7 @@ from promptdb.userkey import find_key
 if TYPE_CHECKING:
     from types import TracebackType
 
+    from promptdb.shared import Tier
     from promptdb.verify import Problem
 
 _PAGE_RECORDS = 256
@@ -81,6 +83,10 @@ class PromptDB(Recall, Lifecycle):
         say. See docs/security.md.
     ttl_s : how many seconds prompts live that are put with this handle; by default, as their namespace's setting says.
     clock : seconds since 1970, for tests.
+    shared : URL of a store that is shared with other machines, or its :class:`~promptdb.shared_options.SharedOptions`;
+        by default ``$PROMPTDB_SHARED``, else the store's own setting; ``"none"`` for none. Engines fetch from there
+        what is missing here, and what is put here goes there. Not for stores that are open for reading only.
+    shared_required : a failure of the shared store is an error; otherwise it is a miss, and everything goes on.
 
     Raises
     ------
@@ -107,6 +113,9 @@ class PromptDB(Recall, Lifecycle):
     0
     """
 
+    shared: SharedOptions | None = None
+    tier: Tier | None = None  # made by promptdb.shared.connect when it is used first
+
     def __init__(
         self,
         path: str | os.PathLike[str] | None = None,
@@ -122,6 +131,8 @@ class PromptDB(Recall, Lifecycle):
         key: str | bytes | None = None,
         ttl_s: float | None = None,
         clock: Callable[[], float] = time.time,
+        shared: str | SharedOptions | None = None,
+        shared_required: bool = False,
     ) -> None:
         if path is not None and not isinstance(path, (str, os.PathLike)):
             raise InputTypeError(f"path must be a str or a path, not {type(path).__name__}")
@@ -135,6 +146,13 @@ class PromptDB(Recall, Lifecycle):
         directory = Path(path) if path is not None else default_path()
         index = open_index(directory, readonly, map_bytes, durability)
         self._open(directory, index, verify_reads, ttl_s, clock, wanted, user_key)
+        if not readonly:
+            try:
+                with self._index.read() as reader:
+                    self.shared = resolve(shared, shared_required, reader)
+            except BaseException:
+                self._index.close()
+                raise
 
     @classmethod
     def in_memory(
@@ -169,6 +187,7 @@ class PromptDB(Recall, Lifecycle):
     ) -> None:
         self.path = path
         self.ttl_s = ttl_s
+        self._closing: list[Callable[[], None]] = []
         try:
             index, settings = open_settings(index, path, wanted, clock, user_key)
         except BaseException:
@@ -184,6 +203,11 @@ class PromptDB(Recall, Lifecycle):
         self.chunk_tokens: int = settings["chunk_tokens"]
         self.created_unix_s: float = settings["created_unix_s"]
         self.format_version: int = settings["format_version"]  # when it was opened
+
+    @property
+    def _shares(self) -> bool:
+        """Whether what is put here goes to the shared store."""
+        return self.shared is not None and not self.shared.readonly
 
     @property
     def readonly(self) -> bool:
@@ -221,8 +245,14 @@ class PromptDB(Recall, Lifecycle):
 
         Writes when spans were used last, so it may wait for another writer.
         """
+        while self._closing:
+            self._closing.pop()()
         self.flush_accesses()
         self._index.close()
+
+    def at_close(self, work: Callable[[], None]) -> None:
+        """Have something done before the store is closed."""
+        self._closing.append(work)
 
     def __enter__(self) -> Self:
         return self
@@ -485,7 +515,7 @@ class PromptDB(Recall, Lifecycle):
         used = self._accesses.take(_USES_PER_PUT) if self._accesses is not None else {}
         served = self._tally.take()
         try:
-            return put_all(self._index, requests, clock=self._clock, used=used, served=served)
+            return put_all(self._index, requests, clock=self._clock, used=used, served=served, to_share=self._shares)
         except BaseException:
             if self._accesses is not None:
                 self._accesses.put_back(used)

@@ -68,7 +68,8 @@ def _store_at_fault() -> Iterator[None]:
 class _Chain:
     """New spans of one prompt that follow each other, and logits, to be stored by one put."""
 
-    def __init__(self, root: Root, packed: bytes, start: int) -> None:
+    def __init__(self, root: Root, packed: bytes, start: int, *, is_shared: bool) -> None:
+        self.is_shared = is_shared
         self.root = root
         self.packed = packed
         self.start = start
@@ -79,7 +80,7 @@ class _Chain:
         return root == self.root and start * TOKEN_BYTES == len(self.packed) and packed.startswith(self.packed)
 
     def request(self) -> PutRequest:
-        return PutRequest(self.root, self.packed, self.start, self._encode, self.logits)
+        return PutRequest(self.root, self.packed, self.start, self._encode, self.logits, is_shared=self.is_shared)
 
     def _encode(self, position: int) -> Sequence[SpanPayload]:
         return [_payload(record, blobs, position) for record, blobs in self.spans if record.end > position]
@@ -103,10 +104,11 @@ class Deposit:
     """Stores spans, logits and entries of the registry; with no store, it only checks them. Not thread safe.
 
     Every method raises :class:`CorruptDataError` for what cannot be, and :class:`StoreError` if the store cannot be
-    written.
+    written. ``is_shared`` tells that it all comes from the shared store, and need not go there.
     """
 
-    def __init__(self, db: PromptDB | None, report: ImportReport) -> None:
+    def __init__(self, db: PromptDB | None, report: ImportReport, *, is_shared: bool = False) -> None:
+        self._is_shared = is_shared
         self._db = db
         self._report = report
         self._chains: list[_Chain] = []
@@ -137,7 +139,7 @@ class Deposit:
         if self._db is None:
             return
         if not self._chains or not self._chains[-1].goes_on_with(root, packed, record.start):
-            self._chains.append(_Chain(root, packed, record.start))
+            self._chains.append(_Chain(root, packed, record.start, is_shared=self._is_shared))
         chain = self._chains[-1]
         chain.packed = packed
         chain.spans.append((record, blobs))
@@ -169,7 +171,8 @@ class Deposit:
             if snapshot.reader.size(LOGITS, digest) is not None:
                 return
         if not self._chains or (self._chains[-1].root, self._chains[-1].packed) != (root, packed):
-            self._chains.append(_Chain(root, packed, len(packed) // TOKEN_BYTES))
+            start = len(packed) // TOKEN_BYTES
+            self._chains.append(_Chain(root, packed, start, is_shared=self._is_shared))
         self._chains[-1].logits[position] = blob
         self._grow(0, len(blob))
 

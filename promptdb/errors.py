@@ -12,6 +12,7 @@
     │   ├── RemoteFilesystemError         LMDB must not live on a network filesystem
     │   ├── StoreKeyError                 the key of an encrypted store is missing, wrong, or not called for
     │   ├── MissingLibraryError           the store needs a library that is not installed
+    │   ├── SharedError                   the shared store cannot be used; raised only where it is required
     │   └── WriteBehindError              a background write failed; raised by the next call and by close
     ├── CorruptDataError (ValueError)     a checksum, record or blob that does not hold
     ├── NodeNotFoundError (KeyError)      no stored span has this node ID
@@ -55,6 +56,7 @@ __all__ = [
     "QuotaExceededError",
     "ReadOnlyStoreError",
     "RemoteFilesystemError",
+    "SharedError",
     "StoreError",
     "StoreFullError",
     "StoreKeyError",
@@ -118,6 +120,10 @@ class StoreKeyError(StoreError):
 
 class MissingLibraryError(StoreError):
     """The store is compressed or encrypted, and the optional library for that is not installed."""
+
+
+class SharedError(StoreError):
+    """The shared store cannot be reached, is not set up as it must be, or refuses what was asked of it."""
 
 
 class WriteBehindError(StoreError):

@@ -18,9 +18,11 @@ from promptdb.format import Layout
 from promptdb.keys import Root, common_prefix, num_tokens, unpack_tokens
 from promptdb.kv import KvSource
 from promptdb.loader import Loader
+from promptdb.pulling import Want
 from promptdb.representation import Representation
 from promptdb.runner import Runner, token_scores
 from promptdb.scores import TokenScores
+from promptdb.shared import connect
 from promptdb.snapshot import Match
 from promptdb.storer import Storer
 from promptdb.tokens import Prompt
@@ -77,6 +79,7 @@ class Extender:
         self.held: Held | None = None
         self._strict = strict
         self.loader = Loader(db)
+        self.tier = connect(db)
         self.layout: Layout = ()
 
     def replace_runner(self, runner: Runner) -> None:
@@ -101,6 +104,24 @@ class Extender:
         if is_wanted and queue.wait_for(root, packed, match.num_tokens, has_logits=match.has_logits):
             match = self._match(root, packed)
         return self._strictly(match) if self._strict and not match.is_damaged else match
+
+    def pull(self, root: Root, prompts: Sequence[Prompt]) -> bool:
+        """Fetch from the shared store, if there is one, what the local one lacks of prompts; return whether it got any.
+
+        What is held in memory needs nothing. Waits for what is being written of a prompt.
+        """
+        if self.tier is None:
+            return False
+        wants = []
+        for prompt in prompts:
+            packed = prompt.packed
+            if self._held_tokens(root, packed) == prompt.num_tokens:
+                continue
+            self.storer.queue.wait_for(root, packed, 0, has_logits=False)
+            match = self._match(root, packed)
+            if not match.is_complete and not match.is_damaged:
+                wants.append(Want(packed, prompt.boundaries, match.num_tokens, match.has_logits))
+        return bool(wants) and self.tier.pull(root, wants, self.cost.rates.get("compute_tokens_per_s")) > 0
 
     def _match(self, root: Root, packed: bytes) -> Match:
         return self.match_all(root, [packed])[0]

@@ -32,8 +32,10 @@ LIFE = "life"
 QUEUE = "queue"
 LABELS = "labels"
 ACTIVATIONS = "activations"
+OUTBOX = "outbox"
 TABLES = (
     META, ROOTS, NODES, CHILDREN, BLOBS, LOGITS, MODELS, TOKENIZERS, CHECKPOINTS, LIFE, QUEUE, LABELS, ACTIVATIONS,
+    OUTBOX,
 )  # fmt: skip
 
 STORE_KEY = b"store"

@@ -59,7 +59,7 @@ _FOLLOWING = {
 }
 
 
-def _everything(identity: str) -> bool:
+def _everything(identity: object) -> bool:
     return True
 
 
@@ -71,6 +71,9 @@ class ImportOptions:
     wants_tokenizer: Callable[[str], bool] = _everything
     namespace: str | None = None
     max_blob_bytes: int = DEFAULT_MAX_BLOB_BYTES
+    # Called with each span's node ID before its blobs are read; raises CorruptDataError for one that was not asked for.
+    # A node ID stands for identity, all tokens before the span, and its own.
+    check_node: Callable[[bytes], object] = _everything
 
 
 class Incoming:
@@ -80,16 +83,23 @@ class Incoming:
     ----------
     db : where spans go; None checks the archive alone.
     progress : called with the bytes read so far.
+    deposit : collects the spans of several archives, and is flushed by its owner; by default one for this archive.
     """
 
     def __init__(
-        self, db: PromptDB | None, frames: FrameReader, options: ImportOptions, progress: Callable[[int], object]
+        self,
+        db: PromptDB | None,
+        frames: FrameReader,
+        options: ImportOptions,
+        progress: Callable[[int], object],
+        deposit: Deposit | None = None,
     ) -> None:
         self.report = ImportReport()
         self._frames = frames
         self._options = options
         self._progress = progress
-        self._deposit = Deposit(db, self.report)
+        self._is_own_deposit = deposit is None
+        self._deposit = deposit or Deposit(db, self.report)
         self._root: Root | None = None
         self._target: Root | None = None  # where spans of the root go; None: they are not wanted
         self._source_namespace: str | None = None
@@ -112,12 +122,16 @@ class Incoming:
         try:
             self._read()
         except CorruptDataError:
-            self._deposit.flush()
+            self._flush()
             raise
         finally:
             self.report.num_bytes = self._frames.num_bytes
-        self._deposit.flush()
+        self._flush()
         self.report.is_complete = True
+
+    def _flush(self) -> None:
+        if self._is_own_deposit:
+            self._deposit.flush()
 
     def _read(self) -> None:
         kind, body, digest = self._frames.read(_these(MANIFEST))
@@ -194,6 +208,7 @@ class Incoming:
             raise CorruptDataError(f"span {name} belongs to other tokens, or to another identity")
         if self._layout not in (None, record.layout):
             raise CorruptDataError(f"span {name} is laid out otherwise than what it stands on, or stands beside")
+        self._options.check_node(node)
         blobs = self._read_blobs(node, record)
         self._path, self._last, self._layout, self._position = path, record, record.layout, record.start
         if self._target is None:

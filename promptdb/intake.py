@@ -217,19 +217,20 @@ def own_logits(view: TensorView) -> bytearray:
     return build_blob([(TensorSpec("logits", view.dtype, view.shape), view.data)])
 
 
-def trim(record: NodeRecord, blobs: Mapping[str, Bytes], skip: int) -> dict[str, bytearray]:
-    """Return checked blobs of a span without its first ``skip`` tokens: one copy."""
-    left = record.num_tokens - skip
+def trim(record: NodeRecord, blobs: Mapping[str, Bytes], skip: int, stop: int | None = None) -> dict[str, bytearray]:
+    """Return checked blobs of a span without its first ``skip`` tokens, and those from ``stop`` on: one copy."""
+    stop = record.num_tokens if stop is None else stop
+    left = stop - skip
     keys_values = parse_blob(blobs[KV_BLOB])
     kept = []
     for spec in kv_specs(record.layout, left, record.root.kv_codec):
         data = keys_values[spec.name].data
         row_bytes = math.prod(spec.shape[3:]) * DTYPE_BYTES[spec.dtype]
         head_bytes = record.num_tokens * row_bytes
-        rows = [data[at + skip * row_bytes : at + head_bytes] for at in range(0, len(data), head_bytes)]
+        rows = [data[at + skip * row_bytes : at + stop * row_bytes] for at in range(0, len(data), head_bytes)]
         kept.append((spec, b"".join(rows)))
     scores = parse_blob(blobs[LOGPROBS_BLOB])
-    tails = [(spec, scores[spec.name].data[4 * skip :]) for spec in score_specs(left) if spec.name in scores]
+    tails = [(spec, scores[spec.name].data[4 * skip : 4 * stop]) for spec in score_specs(left) if spec.name in scores]
     return {KV_BLOB: build_blob(kept), LOGPROBS_BLOB: build_blob(tails)}
 
 

@@ -14,7 +14,18 @@ from typing import cast
 
 from promptdb.errors import CorruptDataError, FormatVersionError, StoreKeyError
 from promptdb.events import warn
-from promptdb.format import ACTIVATIONS, CHILDREN, LABELS, META, QUEUE, SEAL_KEY, STORE_KEY, pack_record, unpack_record
+from promptdb.format import (
+    ACTIVATIONS,
+    CHILDREN,
+    LABELS,
+    META,
+    OUTBOX,
+    QUEUE,
+    SEAL_KEY,
+    STORE_KEY,
+    pack_record,
+    unpack_record,
+)
 from promptdb.keys import DIGEST_BYTES
 from promptdb.life import QUEUE_NODE_AT
 from promptdb.sealing import HIDDEN_BYTES, SEAL_BYTES, Sealer
@@ -25,6 +36,8 @@ CIPHERS = "XAES-256-GCM, AES-256-SIV"
 # What must be read before the store is unlocked; both are records with a checksum.
 PLAIN_KEYS = (STORE_KEY, SEAL_KEY)
 
+_TIME_AND_KIND_BYTES = 9  # of the outbox
+
 # By table, how keys begin: so many bytes that are not hidden, as their order counts, and so many that are hidden by
 # themselves, as keys with the same ones are looked for together. All of the keys of other tables is hidden as one.
 _STARTS = {
@@ -32,6 +45,7 @@ _STARTS = {
     CHILDREN: (0, DIGEST_BYTES),
     LABELS: (1, DIGEST_BYTES),
     ACTIVATIONS: (0, DIGEST_BYTES),
+    OUTBOX: (_TIME_AND_KIND_BYTES, 0),
 }
 
 
@@ -133,8 +147,8 @@ class _SealedTransaction:
         stored = self._inner.keys(table, self._keys.stored_prefix(table, prefix))
         pairs = ((self._keys.plain(table, each), each) for each in stored)
         found = (pair for pair in pairs if pair[0] >= start and pair[0].startswith(prefix))
-        # What is not hidden of the queue's keys orders it but for ties, which any order will do; and it may be long.
-        return found if table == QUEUE else iter(sorted(found))
+        # What is not hidden of these keys orders them but for ties, which any order will do; and they may be many.
+        return found if table in (QUEUE, OUTBOX) else iter(sorted(found))
 
     def count(self, table: str) -> int:
         return self._inner.count(table)

@@ -10,7 +10,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 
-pytest.register_assert_rewrite("promptdb.testing")
+pytest.register_assert_rewrite("promptdb.testing", "promptdb.testing_shared")
+
+from shared_tools import machine  # noqa: E402, F401 - a fixture
 
 from promptdb import PromptDB  # noqa: E402
 

@@ -22,10 +22,13 @@ ORDER = (
     "hook_points", "hook_places", "hook_context",
     "tables", "filesystem", "memory", "presence", "reserve", "maplock", "lmdb_errors", "pages", "environment", "index",
     "life", "userkey", "sealing", "sealed", "labels", "served", "trie", "access", "activations", "snapshot", "registry",
+    "outbox", "shared_options",
     "rebuild", "ledger", "pins", "eviction", "audit", "verify", "commits", "collect", "lifecycle",
     "recordings", "dataset", "recall", "opening", "db", "shards",
     "doctor", "metrics", "migrate", "testing",
     "frames", "streams", "intake", "outgoing", "deposit", "incoming", "archive", "backup",
+    "far", "far_redis", "far_objects", "far_layers", "far_open", "testing_shared",
+    "breaker", "signing", "parcel", "far_index", "far_calls", "pulling", "pushing", "shared", "shared_sync",
     "cost", "explain",
     "ambient", "cache", "staging", "scores", "quantise", "kv", "masks", "runner", "probe",
     "hook_attention", "hook_loss", "hook_wiring", "hooked_model", "hooks", "interventions",
@@ -41,12 +44,14 @@ ORDER = (
 
 # The only module that may import a library, or the only ones.
 OWNERS = {
-    "cryptography": {"sealing"},
+    "cryptography": {"sealing", "signing"},
     "lmdb": {"lmdb_errors", "pages", "environment", "index"},
     "msgpack": {"format"},
     "safetensors": set(),
     "zstandard": {"packing"},
     "lm_eval": {"lm_eval"},
+    "redis": {"far_redis"},
+    "obstore": {"far_objects"},
     "torch": {
         "arguments", "calls",
         "identity", "watch", "ambient", "cache", "staging", "scores", "quantise", "kv", "masks", "runner", "probe",

@@ -1,0 +1,338 @@
+"""``promptdb push``, ``pull``, ``sync`` and ``shared``: a store and the one that a team shares."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, replace
+from time import perf_counter
+from typing import Any
+
+import click
+
+from promptdb.archive import Selection
+from promptdb.db import PromptDB
+from promptdb.errors import SharedError
+from promptdb.far import FarStore
+from promptdb.keys import Root
+from promptdb.pushing import PushReport
+from promptdb.shared import Tier, connect
+from promptdb.shared_options import NONE, PASSWORD_VARIABLE, store_url, stored_url, without_secrets
+from promptdb.shared_sync import PullReport
+from promptdb.shared_sync import pull as pull_all
+from promptdb.shared_sync import push as push_all
+from promptdb.signing import write_key
+
+from .archive import progress_bar
+from .failure import Failure
+from .known import UnknownModelError, find_weights
+from .nodes import MODEL_HELP, find_node
+from .options import shared_option, store_options
+from .output import count, duration, print_fields, print_json, print_line, size
+
+_PROBE_BYTES = 4 << 20
+_PROBES = 5
+_HEX_DIGITS = set("0123456789abcdef")
+
+
+@contextmanager
+def opened(path: str | None, shared: str | None, *, readonly: bool = False) -> Iterator[tuple[PromptDB, Tier]]:
+    """Open a store with its shared one; failures of that one are errors here."""
+    with PromptDB(path, shared=shared) as db:
+        if db.shared is None:
+            raise Failure("no shared store is named", "give --shared URL, or `promptdb shared set URL`")
+        db.shared = replace(db.shared, required=True, readonly=db.shared.readonly or readonly)
+        tier = connect(db)
+        assert tier is not None
+        yield db, tier
+
+
+def _selected(db: PromptDB, node: str | None, model: str | None, namespace: str | None, tag: str | None) -> Selection:
+    if node is not None and (model is not None or namespace is not None or tag is not None):
+        raise click.UsageError("NODE is one span, and what goes on from it: no --model, --namespace or --tag beside it")
+    return Selection(
+        node=None if node is None else find_node(db, node),
+        weights_ids=None if model is None else frozenset(find_weights(db, model)),
+        namespace=namespace,
+        tag=tag,
+    )
+
+
+@click.command(short_help="Send spans to the shared store.")
+@click.argument("node", required=False)
+@click.option("--model", metavar="M", help=MODEL_HELP)
+@click.option("--namespace", metavar="NAME", help="Only of this namespace; '' is the one without a name.")
+@click.option("--tag", metavar="NAME", help="Only of prompts that have this tag.")
+@shared_option
+@store_options
+def push(
+    node: str | None,
+    model: str | None,
+    namespace: str | None,
+    tag: str | None,
+    shared: str | None,
+    path: str | None,
+    as_json: bool,
+) -> None:
+    """Send spans to the shared store.
+
+    What is there is left as it is, so a push that was interrupted is started again. With NODE, a node ID as
+    `promptdb ls` prints it: that span, all that continues it, and what it stands on. What is put while a shared
+    store is set goes there by itself; this is for what was put before.
+
+    \b
+    Examples:
+      promptdb push --shared redis://cache.example:6379
+      promptdb push --tag evaluation
+      promptdb push 3f2a91 --json
+    """
+    with opened(path, shared) as (db, tier):
+        report = _push(db, tier, _selected(db, node, model, namespace, tag))
+        where = tier.calls.far.name
+    if as_json:
+        print_json(asdict(report))
+        return
+    _print_pushed(report, where)
+
+
+def _push(db: PromptDB, tier: Tier, selection: Selection) -> PushReport:
+    chosen = [amounts["blob_bytes"] for root, amounts in db.roots() if selection.wants(root)]
+    with progress_bar(
+        "looked at", sum(chosen) if selection.node is None and selection.tag is None else None
+    ) as progress:
+        return push_all(db, tier, selection, progress)
+
+
+def _print_pushed(report: PushReport, where: str) -> None:
+    print_line(f"{where}: sent {count(report.num_sent, 'span')}, {size(report.bytes_sent)}.")
+    if report.num_present:
+        print_line(f"{count(report.num_present, 'span')} there already.")
+    if report.num_too_large:
+        print_line(
+            f"{count(report.num_too_large, 'span')} too large for it: see maxmemory in `promptdb shared status`."
+        )
+
+
+@click.command(short_help="Fetch everything that the shared store has.")
+@click.option("--model", metavar="M", help="Only of this model: a directory or name known here, or the start of an ID.")
+@click.option("--namespace", metavar="NAME", help="Only of this namespace; '' is the one without a name.")
+@shared_option
+@store_options
+def pull(model: str | None, namespace: str | None, shared: str | None, path: str | None, as_json: bool) -> None:
+    """Fetch everything that the shared store has.
+
+    What is here is skipped, so a pull that was interrupted is started again. Everything is checked before it is stored.
+    Prompts that are asked for come by themselves; this is for machines that will be offline, or want no delays.
+
+    Exit code: 0 if everything is here now, 1 if something did not hold or was gone.
+
+    \b
+    Examples:
+      promptdb pull --shared s3://bucket/promptdb
+      promptdb pull --model demo --json
+    """
+    with opened(path, shared, readonly=True) as (db, tier):
+        report = _pull(db, tier, _wanted(db, model, namespace))
+    if as_json:
+        print_json(asdict(report))
+    else:
+        _print_pulled(report, str(db.path))
+    click.get_current_context().exit(1 if report.num_rejected or report.num_lost else 0)
+
+
+def _wanted(db: PromptDB, model: str | None, namespace: str | None) -> Callable[[Root], bool]:
+    known: set[str] = set()
+    start = "" if model is None else model.lower()
+    if model is not None:
+        is_start = len(start) >= 4 and set(start) <= _HEX_DIGITS
+        with suppress(UnknownModelError) if is_start else _unknown_here(model):
+            known = find_weights(db, model)
+    return lambda root: (
+        (model is None or root.weights_id in known or (len(start) >= 4 and root.weights_id.startswith(start)))
+        and (namespace is None or root.namespace == namespace)
+    )
+
+
+@contextmanager
+def _unknown_here(model: str) -> Iterator[None]:
+    try:
+        yield
+    except UnknownModelError as error:
+        raise Failure(error.message, "give the start of its weights ID: `promptdb models` shows it", 1) from error
+
+
+def _pull(db: PromptDB, tier: Tier, wants: Callable[[Root], bool]) -> PullReport:
+    with progress_bar("fetched", None) as progress:
+        return pull_all(db, tier, wants, lambda done, total: progress(done))
+
+
+def _print_pulled(report: PullReport, where: str) -> None:
+    print_line(f"{where}: stored {count(report.tokens_stored, 'token')}, {size(report.bytes_fetched)} fetched.")
+    if report.num_present:
+        print_line(
+            f"{report.num_present:,} of {count(report.num_listed, 'entry').replace('entrys', 'entries')} here already."
+        )
+    if report.num_rejected:
+        print_line(f"{report.num_rejected:,} did not hold, or were not signed by anybody trusted.")
+    if report.num_lost:
+        print_line(f"{report.num_lost:,} were gone when they were fetched.")
+
+
+@click.command(short_help="Send and fetch: afterwards both stores have everything.")
+@click.option("--model", metavar="M", help=MODEL_HELP)
+@click.option("--namespace", metavar="NAME", help="Only of this namespace; '' is the one without a name.")
+@shared_option
+@store_options
+def sync(model: str | None, namespace: str | None, shared: str | None, path: str | None, as_json: bool) -> None:
+    """Send and fetch: afterwards both stores have everything.
+
+    As `promptdb push` and then `promptdb pull`. Can be interrupted and started again.
+
+    \b
+    Examples:
+      promptdb sync --shared redis://cache.example:6379
+      promptdb sync --namespace experiments --json
+    """
+    with opened(path, shared) as (db, tier):
+        wants = _wanted(db, model, namespace)
+        weights = None if model is None else frozenset(root.weights_id for root, _ in db.roots() if wants(root))
+        sent = _push(db, tier, Selection(weights_ids=weights, namespace=namespace))
+        fetched = _pull(db, tier, wants)
+        where = tier.calls.far.name
+    if as_json:
+        print_json({"sent": asdict(sent), "fetched": asdict(fetched)})
+    else:
+        _print_pushed(sent, where)
+        _print_pulled(fetched, str(db.path))
+    click.get_current_context().exit(1 if fetched.num_rejected or fetched.num_lost else 0)
+
+
+@click.group(short_help="Show and set up the store that is shared with other machines.")
+def shared() -> None:
+    """Show and set up the store that is shared with other machines.
+
+    \b
+    Examples:
+      promptdb shared set redis://cache.example:6379
+      promptdb shared status
+      promptdb shared keygen ~/.promptdb-key.pem
+    """
+
+
+@shared.command("status")
+@shared_option
+@store_options
+def status(shared: str | None, path: str | None, as_json: bool) -> None:
+    """Tell whether the shared store can be reached, how fast it is, and what waits to be sent.
+
+    Measures the round trip, and, unless it may only be read, how fast 4 MiB go there and back.
+
+    Exit code: 0 if it answers, 1 if it does not.
+
+    \b
+    Examples:
+      promptdb shared status
+      promptdb shared status --shared s3://bucket/promptdb --json
+    """
+    with opened(path, shared) as (db, tier):
+        may_write = db.shared is not None and not db.shared.readonly
+        found: dict[str, Any] = {"url": tier.calls.far.name, "waiting": tier.num_waiting(), "reachable": True}
+        try:
+            found |= measured(tier.calls.far, write=may_write)
+        except SharedError as error:
+            found |= {"reachable": False, "reason": error.message, "hint": error.hint}
+    if as_json:
+        print_json(found)
+    else:
+        print_fields(_status_fields(found))
+    click.get_current_context().exit(0 if found["reachable"] else 1)
+
+
+def measured(far: FarStore, *, write: bool) -> dict[str, Any]:
+    """Return what a far store says of itself, and how fast it is."""
+    found: dict[str, Any] = {**far.facts()}
+    key = f"x/{secrets.token_hex(8)}"
+    trips = []
+    for _ in range(_PROBES):
+        began = perf_counter()
+        far.get([key])
+        trips.append(perf_counter() - began)
+    found["round_trip_s"] = sorted(trips)[_PROBES // 2]
+    if write:
+        value = os.urandom(_PROBE_BYTES)
+        try:
+            began = perf_counter()
+            far.put([(key, value)])
+            found["send_bytes_per_s"] = _PROBE_BYTES / (perf_counter() - began)
+            began = perf_counter()
+            far.get([key], [_PROBE_BYTES])
+            found["fetch_bytes_per_s"] = _PROBE_BYTES / (perf_counter() - began)
+        finally:
+            with suppress(SharedError):
+                far.delete([key])
+    return found
+
+
+def _status_fields(found: dict[str, Any]) -> dict[str, str]:
+    fields = {"shared store": found["url"]}
+    if not found["reachable"]:
+        fields |= {"answers": f"no: {found['reason']}", "hint": found["hint"]}
+    else:
+        fields |= {"answers": f"in {duration(found['round_trip_s'])}"}
+        if "send_bytes_per_s" in found:
+            fields["speed"] = f"{size(found['send_bytes_per_s'])}/s there, {size(found['fetch_bytes_per_s'])}/s back"
+        shown = {"server": "server", "policy": "evicts by", "nodes": "primaries"}
+        fields |= {title: str(found[name]) for name, title in shown.items() if name in found}
+        if "used_bytes" in found:
+            limit = found["maxmemory_bytes"]
+            fields["memory"] = f"{size(found['used_bytes'])} of {size(limit) if limit else 'no limit'}"
+    waiting = found["waiting"]
+    return {**fields, "waiting": f"{waiting:,} to be sent" if waiting else "nothing"}
+
+
+@shared.command("set")
+@click.argument("url")
+@store_options
+def set_(url: str, path: str | None, as_json: bool) -> None:
+    """Remember URL in the store, for all who open it without naming another; 'none' forgets it.
+
+    A password does not belong there: PROMPTDB_SHARED_PASSWORD is read instead.
+
+    \b
+    Examples:
+      promptdb shared set "redis://team1@cache.example:6379?prefix=team1"
+      promptdb shared set none
+    """
+    with PromptDB(path, shared=NONE) as db:
+        db._index.transact(lambda writer: store_url(writer, "" if url == NONE else url))
+        with db.read() as snapshot:
+            kept = stored_url(snapshot.reader)
+    if as_json:
+        print_json({"url": kept})
+    elif kept:
+        print_line(f"{db.path} shares {without_secrets(kept)}. Passwords are read from {PASSWORD_VARIABLE}.")
+    else:
+        print_line(f"{db.path} is not shared.")
+
+
+@shared.command("keygen")
+@click.argument("file", type=click.Path(dir_okay=False))
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
+def keygen(file: str, as_json: bool) -> None:
+    """Write a new private key to FILE, and print the public one for those who are to trust it.
+
+    Who writes sets PROMPTDB_SHARED_SIGN to FILE; who reads sets PROMPTDB_SHARED_TRUST to a file with public keys, one a
+    line, and uses nothing that none of them has signed.
+
+    \b
+    Examples:
+      promptdb shared keygen ~/.promptdb-key.pem
+      promptdb shared keygen writer.pem --json
+    """
+    public = write_key(file)
+    if as_json:
+        print_json({"file": file, "public_key": public})
+        return
+    print_fields({"private key": f"{file}, for PROMPTDB_SHARED_SIGN", "public key": public})

@@ -1,0 +1,190 @@
+"""Calls to a far store that end in time, and are not made while it fails."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from dataclasses import dataclass
+from functools import partial
+from time import monotonic
+from typing import TypeVar
+
+from promptdb.breaker import Breaker
+from promptdb.errors import SharedError
+from promptdb.far import FarStore, Pieces
+from promptdb.shared_options import SharedOptions
+
+Result = TypeVar("Result")
+
+_WEIGHT = 0.3
+_MOST_BYTES_AHEAD = 256 << 20
+# A pass of less than this says more about the round trip than about the link.
+_FEWEST_BYTES = 1 << 20
+
+
+@dataclass
+class Counts:
+    """What a process has done with a shared store since it opened it.
+
+    Attributes
+    ----------
+    lookups, hits : prompts looked up there, and those of which it had more than the local store.
+    round_trips : of those lookups.
+    tokens_fetched, bytes_fetched : that came from there and were stored here.
+    spans_sent, bytes_sent : that were new there.
+    rejected : entries and values that were not what they should be, or not signed by somebody trusted.
+    lost : values that were gone, wholly or in part.
+    skipped : lookups and fetches not made because computing is faster.
+    too_large : spans that the far side should not hold.
+    """
+
+    lookups: int = 0
+    hits: int = 0
+    round_trips: int = 0
+    tokens_fetched: int = 0
+    bytes_fetched: int = 0
+    spans_sent: int = 0
+    bytes_sent: int = 0
+    rejected: int = 0
+    lost: int = 0
+    skipped: int = 0
+    too_large: int = 0
+
+
+class FarCalls:
+    """A far store behind deadlines and breakers, one for reading and one for writing. Thread safe.
+
+    Attributes
+    ----------
+    counts : what was done.
+    round_trip_s, bytes_per_s : moving averages of what was measured; None before.
+    """
+
+    def __init__(self, far: FarStore, options: SharedOptions) -> None:
+        self.far = far
+        self.options = options
+        self.reading = Breaker(f"reading from the shared store {far.name}")
+        self.writing = Breaker(f"writing to the shared store {far.name}")
+        self.counts = Counts()
+        self.round_trip_s: float | None = None
+        self.bytes_per_s: float | None = None
+        # An operation is up to two round trips on a new connection.
+        self.wait_s = options.connect_timeout_s + 2 * options.timeout_s + 0.5
+        self._pool = ThreadPoolExecutor(options.concurrency + 2, "promptdb-shared")
+        self._lock = threading.Lock()
+
+    def read(self, work: Callable[[FarStore], Result], *, wait_s: float | None = None) -> Result:
+        """Ask the far side something, within ``wait_s``; raise :class:`SharedError` if it does not answer."""
+        return self._ask(self.reading, work, wait_s or self.wait_s)
+
+    def lookup(self, keys: Sequence[str]) -> list[Pieces | None]:
+        """Return small values, and note how long the round trip took."""
+        began = monotonic()
+        found = self.read(lambda far: far.get(keys))
+        with self._lock:
+            self.counts.round_trips += 1
+            self.round_trip_s = _folded(self.round_trip_s, monotonic() - began)
+        return found
+
+    def write(self, work: Callable[[FarStore], Result]) -> Result:
+        """Send something; the engine's own timeouts bound each part of it, and nobody waits for it but the sender."""
+        return self._ask(self.writing, work, self.options.deadline_s + self.wait_s)
+
+    def _ask(self, breaker: Breaker, work: Callable[[FarStore], Result], wait_s: float) -> Result:
+        self._check(breaker)
+        return self._result(breaker, self._submit(work), wait_s)
+
+    def _check(self, breaker: Breaker) -> None:
+        if not breaker.allows():
+            raise SharedError(
+                f"the shared store {self.far.name} is left alone for a while: {breaker.last_failure}",
+                "`promptdb shared status` tells more",
+            )
+
+    def _submit(self, work: Callable[[FarStore], Result]) -> Future[Result]:
+        try:
+            return self._pool.submit(work, self.far)
+        except RuntimeError as error:  # the pool is shut down
+            raise SharedError("the shared store is closed", "open the store again") from error
+
+    def _result(self, breaker: Breaker, future: Future[Result], wait_s: float) -> Result:
+        try:
+            result = future.result(max(0.0, wait_s))
+        except FutureTimeoutError:
+            future.cancel()
+            error = SharedError(f"{self.far.name}: no answer within {wait_s:.1f} s", "check the network")
+            breaker.failed(str(error))
+            raise error from None
+        except SharedError as error:
+            breaker.failed(str(error))
+            raise
+        except BaseException as error:
+            breaker.failed(repr(error))
+            raise
+        breaker.succeeded()
+        return result
+
+    def fetch(self, wanted: Sequence[tuple[str, int]], deadline_s: float | None = None) -> Iterator[Pieces | None]:
+        """Yield values in order, fetched in parallel ahead of whoever takes them, within the deadline of the options.
+
+        Parameters
+        ----------
+        wanted : (key, size in bytes) of each.
+        """
+        if not wanted:
+            return
+        self._check(self.reading)
+        ends = monotonic() + (deadline_s or self.options.deadline_s)
+        futures: deque[Future[list[Pieces | None]]] = deque()
+        ahead = iter(wanted)
+        upcoming = next(ahead, None)
+        ahead_bytes = 0
+        try:
+            for _, size in wanted:
+                while upcoming is not None and (
+                    not futures
+                    or (len(futures) < self.options.concurrency and ahead_bytes + upcoming[1] <= _MOST_BYTES_AHEAD)
+                ):
+                    futures.append(self._submit(partial(_get_one, *upcoming)))
+                    ahead_bytes += upcoming[1]
+                    upcoming = next(ahead, None)
+                (found,) = self._result(self.reading, futures[0], ends - monotonic())
+                futures.popleft()
+                ahead_bytes -= size
+                yield found
+        finally:
+            for future in futures:
+                future.cancel()
+
+    def fetched(self, size_bytes: int, seconds: float) -> None:
+        """Note how long it took until values were here, checked and stored."""
+        if size_bytes >= _FEWEST_BYTES:
+            with self._lock:
+                self.bytes_per_s = _folded(self.bytes_per_s, size_bytes / max(seconds, 1e-6))
+
+    def many(self, works: Sequence[Callable[[FarStore], Result]]) -> list[Result]:
+        """Send several things in parallel; return what became of each. The first failure is raised."""
+        self._check(self.writing)
+        futures = [self._submit(work) for work in works]
+        ends = monotonic() + self.options.deadline_s + self.wait_s
+        try:
+            return [self._result(self.writing, future, ends - monotonic()) for future in futures]
+        finally:
+            for future in futures:
+                future.cancel()
+
+    def close(self) -> None:
+        """Give up what is under way, and release connections."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        self.far.close()
+
+
+def _get_one(key: str, size: int, far: FarStore) -> list[Pieces | None]:
+    return far.get([key], [size])
+
+
+def _folded(before: float | None, now: float) -> float:
+    return now if before is None else (1 - _WEIGHT) * before + _WEIGHT * now

@@ -1,0 +1,340 @@
+"""Redis and Valkey, standalone or Cluster, as a far store. The only importer of redis.
+
+A value is one key of its own, the manifest (size, checksum, and the value itself if that is small), written last, and
+parts of 4 MiB under keys beside it: who waits behind a large reply waits for no more than a part. A part that was
+evicted makes the value a miss, and so does a checksum that does not hold.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from struct import Struct
+from typing import Any, NamedTuple
+from urllib.parse import parse_qs, urlencode, urlsplit, urlunsplit
+
+from xxhash import xxh3_128
+
+from promptdb.errors import SharedError
+from promptdb.far import Bytes, Pieces, TooLargeError
+from promptdb.shared_options import PASSWORD_VARIABLE, SharedOptions, without_secrets
+
+PART_BYTES = 4 << 20
+# Values up to this size stand in their manifest: one round trip.
+INLINE_BYTES = 64 << 10
+MOST_BYTES = 512 << 20  # Redis takes no longer strings, and one as long takes minutes
+_MANIFEST = Struct("<4sQ16s")
+_MAGIC = b"pdb1"
+_SCAN = 1000
+_LOOKUP_KEYS = 4096
+_LOOKUP_CONNECTIONS = 2
+
+
+class _Manifest(NamedTuple):
+    size: int
+    checksum: bytes
+
+    @property
+    def num_parts(self) -> int:
+        return num_parts(self.size)
+
+
+def num_parts(size: int) -> int:
+    """Return how many keys a value of a size takes besides its manifest."""
+    return 0 if size <= INLINE_BYTES else -(-size // PART_BYTES)
+
+
+class FarRedis:
+    """A Redis or Valkey server, or Cluster; see :class:`promptdb.far.FarStore` for the contract.
+
+    Parameters
+    ----------
+    url : ``redis://[USER@]HOST[:PORT][/DATABASE]``, ``rediss://`` for TLS, ``redis+cluster://HOST:PORT[,HOST:PORT]...``
+        and ``rediss+cluster://`` for a Cluster. In its query, ``prefix`` stands before all keys (``promptdb`` unless
+        given), and what else there is goes to redis-py: ``ssl_ca_certs``, ``ssl_certfile``, ...
+    """
+
+    def __init__(self, url: str, options: SharedOptions) -> None:
+        _redis()
+        parts = urlsplit(url)
+        query = {name: values[-1] for name, values in parse_qs(parts.query).items()}
+        self._prefix = query.pop("prefix", "promptdb") + ":"
+        self._is_cluster = parts.scheme.endswith("+cluster")
+        scheme = parts.scheme.removesuffix("+cluster")
+        self._url = urlunsplit((scheme, parts.netloc, parts.path, urlencode(query), ""))
+        self._options = options
+        self._lock = threading.Lock()
+        self._clients: dict[str, Any] = {}
+        self._most_bytes: int | None = None
+        self.name = without_secrets(url)
+        self.first_batch = _LOOKUP_KEYS
+
+    # Connections
+
+    def _client(self, use: str) -> Any:
+        """Return the client for lookups, or for data: a small reply must not wait behind a large one."""
+        with self._lock:
+            if use not in self._clients:
+                self._clients[use] = self._connect(use)
+            return self._clients[use]
+
+    def _connect(self, use: str) -> Any:
+        redis = _redis()
+        from redis.backoff import NoBackoff
+        from redis.connection import PythonRespSerializer
+        from redis.retry import Retry
+
+        options: dict[str, Any] = {
+            "socket_timeout": self._options.timeout_s,
+            "socket_connect_timeout": self._options.connect_timeout_s,
+            "socket_keepalive": True,
+            "retry": Retry(NoBackoff(), 0),  # the breaker decides when to try again
+            "protocol": 2,
+        }
+        password = os.environ.get(PASSWORD_VARIABLE)
+        if password and not urlsplit(self._url).password:
+            options["password"] = password
+        if self._is_cluster:
+            return self._connect_cluster(options)
+        most = _LOOKUP_CONNECTIONS if use == "lookups" else self._options.concurrency
+        # hiredis' packer copies a large value several times; this one sends it from where it is.
+        packer = PythonRespSerializer(6000, _encode)
+        pool = redis.BlockingConnectionPool.from_url(
+            self._url, max_connections=most, timeout=self._options.timeout_s, command_packer=packer, **options
+        )
+        return redis.Redis(connection_pool=pool)
+
+    def _connect_cluster(self, options: dict[str, Any]) -> Any:
+        from redis.cluster import RedisCluster
+
+        parts = urlsplit(self._url)
+        user, at, hosts = parts.netloc.rpartition("@")
+        failure: Exception | None = None
+        for host in hosts.split(","):
+            url = urlunsplit((parts.scheme, f"{user}{at}{host}", parts.path, parts.query, ""))
+            try:
+                return RedisCluster.from_url(url, require_full_coverage=False, **options)
+            except Exception as error:  # noqa: BLE001 - the next host may answer
+                failure = error
+        assert failure is not None
+        raise failure
+
+    @contextmanager
+    def _asking(self) -> Iterator[None]:
+        """Translate what redis raises. A cluster's map may be out of date after a failure: it is made again."""
+        redis = _redis()
+        try:
+            yield
+        except (redis.RedisError, OSError, ValueError) as error:
+            if isinstance(error, SharedError):
+                raise
+            if self._is_cluster:
+                self._drop_clients()
+            raise _translated(error, self.name) from error
+
+    def _drop_clients(self) -> None:
+        with self._lock:
+            clients, self._clients = self._clients, {}
+        for client in clients.values():
+            client.close()
+
+    def _run(self, use: str, commands: Sequence[tuple[Any, ...]]) -> list[Any]:
+        """Send commands in one pipeline; return their replies. Raises the first error among them."""
+        if not commands:
+            return []
+        with self._client(use).pipeline(transaction=False) as pipeline:
+            for command in commands:
+                pipeline.execute_command(*command)
+            replies: list[Any] = pipeline.execute(raise_on_error=True)
+            return replies
+
+    def _key(self, key: str) -> str:
+        return self._prefix + key
+
+    # The contract
+
+    def exists(self, keys: Sequence[str]) -> list[bool]:
+        """Return which values are there; refreshes their age, and that of all their parts. At most two round trips."""
+        with self._asking():
+            heads = self._run("lookups", [("GETRANGE", self._key(key), 0, _MANIFEST.size - 1) for key in keys])
+            manifests = [_read_manifest(head) for head in heads]
+            touches = [
+                (at, ("TOUCH", _part(self._key(key), number)))
+                for at, (key, manifest) in enumerate(zip(keys, manifests, strict=True))
+                for number in range(manifest.num_parts if manifest else 0)
+            ]
+            found = [manifest is not None for manifest in manifests]
+            for (at, _), there in zip(touches, self._run("lookups", [each for _, each in touches]), strict=True):
+                found[at] = found[at] and bool(there)
+            return found
+
+    def get(self, keys: Sequence[str], sizes: Sequence[int] | None = None) -> list[Pieces | None]:
+        """Return values. One round trip if they are small or their sizes are known, else two."""
+        with self._asking():
+            expected = [num_parts(size) for size in sizes] if sizes is not None else [0] * len(keys)
+            use = "data" if any(expected) else "lookups"
+            commands = []
+            for key, number in zip(keys, expected, strict=True):
+                commands.append(("GET", self._key(key)))
+                commands += [("GET", _part(self._key(key), part)) for part in range(number)]
+            replies = iter(self._run(use, commands))
+            found: list[Pieces | None] = []
+            missing: list[tuple[int, _Manifest]] = []
+            for number in expected:
+                head, *parts = [next(replies) for _ in range(1 + number)]
+                manifest = _read_manifest(head)
+                if manifest is not None and manifest.num_parts and manifest.num_parts != number:
+                    missing.append((len(found), manifest))
+                    found.append(None)
+                    continue
+                found.append(None if manifest is None else _whole(manifest, head, parts))
+            for at, manifest in missing:
+                names = [_part(self._key(keys[at]), number) for number in range(manifest.num_parts)]
+                found[at] = _whole(manifest, b"", self._run("data", [("GET", name) for name in names]))
+            return found
+
+    def put(self, items: Sequence[tuple[str, Bytes]]) -> list[bool]:
+        """Create values: their parts first, their manifests when all parts are there."""
+        lives = ("PX", round(1000 * self._options.ttl_s)) if self._options.ttl_s else ()
+        with self._asking():
+            manifests, parts = [], []
+            for key, value in items:
+                view = memoryview(value)
+                self._check_size(view.nbytes)
+                head = _MANIFEST.pack(_MAGIC, view.nbytes, xxh3_128(view).digest())
+                count = num_parts(view.nbytes)
+                inline = bytes(view) if not count else b""
+                manifests.append(("SET", self._key(key), head + inline, "NX", *lives))
+                for number in range(count):
+                    part = view[number * PART_BYTES : (number + 1) * PART_BYTES]
+                    # The cluster's packer knows bytes only.
+                    parts.append(
+                        ("SET", _part(self._key(key), number), bytes(part) if self._is_cluster else part, *lives)
+                    )
+            for command in parts:
+                self._run("data", [command])
+            return [reply is not None for reply in self._run("data", manifests)]
+
+    def _check_size(self, size: int) -> None:
+        """Refuse what would push everything else out: under allkeys-lru, a server takes even what it cannot hold."""
+        if self._most_bytes is None:
+            most = int(self.facts().get("maxmemory_bytes", 0))
+            self._most_bytes = min(MOST_BYTES, most // 4) if most else MOST_BYTES
+        if size > self._most_bytes:
+            raise TooLargeError(
+                f"{self.name}: a value of {size:,} bytes, where {self._most_bytes:,} are sensible",
+                "raise maxmemory, or create the store with a smaller chunk_tokens",
+            )
+
+    def delete(self, keys: Sequence[str]) -> None:
+        """Remove values: the manifest first, so that nobody reads half of one."""
+        with self._asking():
+            heads = self._run("lookups", [("GETRANGE", self._key(key), 0, _MANIFEST.size - 1) for key in keys])
+            self._run("lookups", [("UNLINK", self._key(key)) for key in keys])
+            manifests = zip(keys, map(_read_manifest, heads), strict=True)
+            names = [
+                _part(self._key(key), number)
+                for key, manifest in manifests
+                for number in range(manifest.num_parts if manifest else 0)
+            ]
+            self._run("lookups", [("UNLINK", name) for name in names])
+
+    def list(self, prefix: str) -> Iterator[str]:
+        """Yield keys, walking over all of the server's."""
+        pattern = "".join(f"\\{each}" if each in "*?[]^\\" else each for each in self._key(prefix)) + "*"
+        with self._asking():
+            for name in self._client("lookups").scan_iter(match=pattern, count=_SCAN):
+                key = name.decode("ascii", "replace").removeprefix(self._prefix)
+                if "#" not in key:
+                    yield key
+
+    def facts(self) -> dict[str, str | int]:
+        """Return version, memory and policy, as far as the user may ask for them."""
+        redis = _redis()
+        with self._asking():
+            try:
+                found = self._client("lookups").info() if not self._is_cluster else self._cluster_info()
+            except redis.exceptions.NoPermissionError:
+                return {}
+        version = found.get("valkey_version", found.get("redis_version", "?"))
+        named: dict[str, str | int] = {
+            "server": f"{found.get('server_name', 'redis')} {version}",
+            "maxmemory_bytes": int(found.get("maxmemory", 0)),
+            "used_bytes": int(found.get("used_memory", 0)),
+            "policy": str(found.get("maxmemory_policy", "?")),
+            "evicted_keys": int(found.get("evicted_keys", 0)),
+        }
+        return {**named, **({"nodes": found["nodes"]} if "nodes" in found else {})}
+
+    def _cluster_info(self) -> dict[str, Any]:
+        client = self._client("lookups")
+        nodes = list(client.info(target_nodes=client.PRIMARIES).values())
+        if nodes and not isinstance(nodes[0], dict):  # of a single node, redis-py returns its fields alone
+            nodes = [client.info(target_nodes=client.PRIMARIES)]
+        sums = {name: sum(int(node.get(name, 0)) for node in nodes) for name in ("used_memory", "evicted_keys")}
+        smallest = min((int(node.get("maxmemory", 0)) for node in nodes), default=0)
+        return {**(nodes[0] if nodes else {}), **sums, "maxmemory": smallest, "nodes": len(nodes)}
+
+    def close(self) -> None:
+        """Release all connections."""
+        self._drop_clients()
+
+
+def _encode(value: Any) -> Any:
+    return value if isinstance(value, (bytes, memoryview)) else str(value).encode()
+
+
+def _part(key: str, number: int) -> str:
+    return f"{key}#{number}"
+
+
+def _read_manifest(head: bytes | None) -> _Manifest | None:
+    if not head or len(head) < _MANIFEST.size:
+        return None
+    magic, size, checksum = _MANIFEST.unpack_from(head)
+    return _Manifest(size, checksum) if magic == _MAGIC and size <= MOST_BYTES else None
+
+
+def _whole(manifest: _Manifest, head: bytes, parts: Sequence[bytes | None]) -> Pieces | None:
+    """Return a value's pieces, or None if one is gone or of another value."""
+    pieces: list[Bytes] = [memoryview(head)[_MANIFEST.size :]] if not manifest.num_parts else []
+    for part in parts if manifest.num_parts else ():
+        if part is None:
+            return None
+        pieces.append(part)
+    check = xxh3_128()
+    for piece in pieces:
+        check.update(piece)
+    is_sound = sum(map(len, pieces)) == manifest.size and check.digest() == manifest.checksum
+    return pieces if is_sound else None
+
+
+def _redis() -> Any:
+    try:
+        import redis
+    except ImportError as error:
+        raise SharedError("the client for Redis is not installed", "pip install 'promptdb[redis]'") from error
+    return redis
+
+
+_HINTS = (
+    ("AuthenticationError", "wrong user or password", "check the URL, and PROMPTDB_SHARED_PASSWORD"),
+    ("NoPermissionError", "the user may not do that", "docs/team.md has the ACL that a client needs"),
+    ("OutOfMemoryError", "the server is full", "raise maxmemory, or set maxmemory-policy allkeys-lru"),
+    ("ReadOnlyError", "the server is a replica, and takes no writes", "name its primary, or use redis+cluster://"),
+    ("TimeoutError", "no answer in time", "check the network; timeout_s=SECONDS in the URL waits longer"),
+    ("ConnectionError", "it cannot be reached", "check host, port, TLS and the network"),
+)
+
+
+def _translated(error: Exception, name: str) -> SharedError:
+    text = str(error).partition("\n")[0] or type(error).__name__
+    if "CERTIFICATE" in text.upper() or "SSL" in text:
+        return SharedError(f"{name}: TLS fails: {text}", "check the certificate's dates and name, and ssl_ca_certs")
+    kinds = [kind.__name__ for kind in type(error).__mro__]
+    for kind, what, hint in _HINTS:
+        if kind in kinds or (kind == "AuthenticationError" and "WRONGPASS" in text):
+            return SharedError(f"{name}: {what}: {text}", hint)
+    return SharedError(f"{name}: {text}", "check the URL of the shared store")

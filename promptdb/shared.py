@@ -1,0 +1,253 @@
+"""The shared tier of a store: what is missing here is fetched from other machines, and what is new here goes there."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from time import monotonic
+from typing import TYPE_CHECKING
+
+from promptdb.errors import CorruptDataError, NodeNotFoundError, PromptDBError, SharedError
+from promptdb.far import FarStore
+from promptdb.far_calls import FarCalls
+from promptdb.far_open import open_far
+from promptdb.keys import Root
+from promptdb.outbox import SPAN, Waiting, take_out, waiting
+from promptdb.parcel import Parcel, load_logits, load_parcel
+from promptdb.pulling import Puller, Want
+from promptdb.pushing import Pusher, PushReport
+from promptdb.shared_options import SharedOptions
+from promptdb.signing import Signer, Trust
+
+if TYPE_CHECKING:
+    from promptdb.db import PromptDB
+
+logger = logging.getLogger("promptdb")
+
+_LOCK_FILE = "outbox.lock"
+_POLL_S = 0.25
+_BATCH_ENTRIES = 64
+_BATCH_BYTES = 32 << 20
+# How long closing a store waits for what is queued; the rest is sent when it is opened again.
+_CLOSE_WAIT_S = 5.0
+_LOCAL_FAILURE_S = 60.0
+
+_connecting = threading.Lock()
+
+
+def connect(db: PromptDB) -> Tier | None:
+    """Return the shared tier of a store, one for all engines on a handle; None if it has none. Does not connect yet.
+
+    Raises
+    ------
+    SharedError
+        A client is not installed, or a key cannot be read.
+    """
+    if db.shared is None or db.readonly:
+        return None
+    with _connecting:
+        if db.tier is None:
+            db.tier = Tier(db, db.shared)
+            db.at_close(db.tier.close)
+        return db.tier
+
+
+class Tier:
+    """What a store shares, and with whom. Thread safe.
+
+    Parameters
+    ----------
+    db : the local store.
+    options : where the shared store is, and how it is used.
+    far : the shared store itself; by default the one of the options' URL.
+
+    Notes
+    -----
+    Nothing is connected until something is asked for. A thread sends what waits in the store's outbox, in one process
+    at a time; closing gives it a few seconds, and what is left then waits for the next time.
+    """
+
+    def __init__(self, db: PromptDB, options: SharedOptions, far: FarStore | None = None) -> None:
+        self._db = db
+        self.options = options
+        self.calls = FarCalls(far or open_far(options), options)
+        trust = Trust(options.trust) if options.trust else None
+        self.puller = Puller(db, self.calls, trust)
+        self.pusher = Pusher(self.calls, Signer(options.sign_with) if options.sign_with else None)
+        self._wake = threading.Condition()
+        self._is_closing = False
+        self._not_before = 0.0
+        self._thread: threading.Thread | None = None
+        if not options.readonly:
+            self._thread = threading.Thread(target=_run, args=(weakref.ref(self),), name="promptdb-shared", daemon=True)
+            self._thread.start()
+
+    def pull(self, root: Root, wants: Sequence[Want], compute_tokens_per_s: float | None = None) -> int:
+        """Fetch what is missing of prompts; see :meth:`promptdb.pulling.Puller.pull`."""
+        return self.puller.pull(root, wants, compute_tokens_per_s)
+
+    # The outbox
+
+    def num_waiting(self, most: int = 1 << 20) -> int:
+        """Return how many spans and logits wait to be sent, up to a number."""
+        with self._db.read() as snapshot:
+            return len(waiting(snapshot.reader, most))
+
+    def flush(self, wait_s: float | None = None) -> bool:
+        """Wait until nothing waits to be sent, no longer than a time; return whether that is so.
+
+        Without a time it waits as long as sending goes on, and gives up when it fails.
+        """
+        ends = None if wait_s is None else monotonic() + wait_s
+        while self.num_waiting(1):
+            left_s = _POLL_S if ends is None else min(_POLL_S, ends - monotonic())
+            if left_s <= 0 or self._thread is None or not self._thread.is_alive() or self.calls.writing.wait_s():
+                return False
+            with self._wake:
+                self._wake.notify_all()
+                self._wake.wait(left_s)
+        return True
+
+    def raise_failure(self) -> None:
+        """Raise :class:`SharedError` if sending fails at this moment. What was not sent waits."""
+        if self.calls.writing.last_failure:
+            raise SharedError(
+                f"nothing can be sent: {self.calls.writing.last_failure}",
+                "what waits is sent when the store is used again, or by `promptdb push`",
+            )
+
+    def _send_some(self) -> bool:
+        """Send the oldest entries of the outbox, if no other process does; return whether there may be more."""
+        with self._db.read() as snapshot:
+            entries = waiting(snapshot.reader, _BATCH_ENTRIES)
+        if not entries or self.calls.writing.wait_s() or monotonic() < self._not_before:
+            return False
+        with _claim(self._db.path) as is_ours:
+            if not is_ours:
+                return False
+            done: list[bytes] = []
+            spans: list[Parcel] = []
+            logits: list[Parcel] = []
+            size_bytes = 0
+            for entry in entries:
+                parcel = self._load(entry)
+                done.append(entry.key)
+                if parcel is not None:
+                    (spans if entry.kind == SPAN else logits).append(parcel)
+                    size_bytes += parcel.record.size_bytes
+                if size_bytes >= _BATCH_BYTES:
+                    break
+            if spans:
+                self.pusher.push(spans)
+            if logits:
+                self.pusher.push(logits, logits_only=True)
+            self._db._index.transact(lambda writer: take_out(writer, done))
+        return True
+
+    def _load(self, entry: Waiting) -> Parcel | None:
+        """Return what an entry names, or None if it is gone or damaged: then there is nothing to send."""
+        try:
+            if entry.kind == SPAN:
+                return load_parcel(self._db, entry.identity)
+            return load_logits(self._db, entry.identity)
+        except (NodeNotFoundError, CorruptDataError) as error:
+            logger.debug("not sent to the shared store: %s", error)
+            return None
+
+    def _round(self) -> float:
+        """Do what there is to do; return how long to wait before the next time."""
+        try:
+            return 0.0 if self._send_some() else _POLL_S
+        except SharedError as error:
+            logger.debug("not sent yet: %s", error)
+            return _POLL_S
+        except PromptDBError as error:
+            logger.warning("nothing is sent to the shared store, as the local one fails: %s", error)
+        except Exception:
+            if self._is_closing:  # what it used was closed under it
+                return 0.0
+            logger.exception("sending to the shared store failed")
+        self._not_before = monotonic() + _LOCAL_FAILURE_S
+        return _POLL_S
+
+    def _rest(self, seconds: float) -> None:
+        with self._wake:
+            self._wake.notify_all()
+            if seconds and not self._is_closing:
+                self._wake.wait(seconds)
+
+    # What is known
+
+    def status(self) -> dict[str, object]:
+        """Return what this process knows of the shared store, without asking it."""
+        return {
+            "url": self.calls.far.name,
+            **asdict(self.calls.counts),
+            "waiting": self.num_waiting(),
+            "round_trip_s": self.calls.round_trip_s,
+            "bytes_per_s": self.calls.bytes_per_s,
+            "failures": self.calls.reading.num_failures + self.calls.writing.num_failures,
+            "last_failure": self.calls.reading.last_failure or self.calls.writing.last_failure,
+        }
+
+    def close(self) -> None:
+        """Send what waits, for some seconds at most, and release connections."""
+        if self._is_closing:
+            return
+        thread = self._thread
+        try:
+            if thread is not None and thread is not threading.current_thread():
+                self.flush(_CLOSE_WAIT_S)
+        finally:
+            with self._wake:
+                self._is_closing = True
+                self._wake.notify_all()
+            self.calls.close()
+            if thread is not None and thread is not threading.current_thread():
+                thread.join(self.options.timeout_s + _CLOSE_WAIT_S)
+
+
+def _run(reference: weakref.ref[Tier]) -> None:
+    # A weak reference, so that a store that was forgotten, not closed, does not live on in this thread.
+    while True:
+        tier = reference()
+        if tier is None or tier._is_closing:
+            return
+        tier._rest(tier._round())
+        del tier
+
+
+@contextmanager
+def _claim(directory: Path | None) -> Iterator[bool]:
+    """Hold the outbox of a store, so that processes do not send the same; tell whether it is free."""
+    if directory is None:
+        yield True
+        return
+    try:
+        import fcntl
+    except ImportError:  # no such locks: two may send the same, which is harmless
+        yield True
+        return
+    try:
+        descriptor = os.open(directory / _LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError:
+        yield True
+        return
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            yield False
+            return
+        yield True
+    finally:
+        os.close(descriptor)
+
+
+__all__ = ["PushReport", "Tier", "Want", "connect"]

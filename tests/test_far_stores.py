@@ -1,0 +1,116 @@
+"""The contract of far stores, against real servers: Redis, its Cluster, a directory, and one in front of another."""
+
+import time
+
+import pytest
+from far_servers import needs_ceph, needs_redis, proxy_to, redis_cluster, redis_server, s3_server
+
+from promptdb.errors import SharedError
+from promptdb.far import FarStore
+from promptdb.far_open import open_far
+from promptdb.shared_options import SharedOptions
+from promptdb.testing_shared import FarContract
+
+
+def opened(url: str, **options) -> FarStore:
+    return open_far(SharedOptions(url, timeout_s=10, **options))
+
+
+class TestDirectory(FarContract):
+    @pytest.fixture(autouse=True)
+    def directory(self, tmp_path):
+        self.path = tmp_path
+
+    def open_far(self, name: str) -> FarStore:
+        return opened(f"file://{self.path}/{name}")
+
+
+@needs_redis()
+class TestRedis(FarContract):
+    @pytest.fixture(autouse=True, scope="class")
+    @classmethod
+    def server(cls, tmp_path_factory):
+        with redis_server(
+            tmp_path_factory.mktemp("redis"), maxmemory="256mb", maxmemory_policy="allkeys-lru"
+        ) as server:
+            cls.url = server.url
+            yield server
+
+    def open_far(self, name: str) -> FarStore:
+        return opened(f"{self.url}?prefix={name}")
+
+
+@needs_redis()
+class TestCluster(FarContract):
+    @pytest.fixture(autouse=True, scope="class")
+    @classmethod
+    def cluster(cls, tmp_path_factory):
+        with redis_cluster(tmp_path_factory.mktemp("cluster")) as nodes:
+            cls.hosts = ",".join(f"127.0.0.1:{node.port}" for node in nodes)
+            yield nodes
+
+    def open_far(self, name: str) -> FarStore:
+        return opened(f"redis+cluster://{self.hosts}?prefix={name}")
+
+
+@needs_redis()
+class TestLayers(FarContract):
+    """A server that forgets, in front of a directory that keeps."""
+
+    @pytest.fixture(autouse=True, scope="class")
+    @classmethod
+    def server(cls, tmp_path_factory):
+        with redis_server(tmp_path_factory.mktemp("layers"), maxmemory="256mb") as server:
+            cls.server, cls.path = server, tmp_path_factory.mktemp("behind")
+            yield server
+
+    def open_far(self, name: str) -> FarStore:
+        return opened(f"{self.server.url}?prefix={name} file://{self.path}/{name}")
+
+    def test_what_is_behind_comes_to_the_front(self, far, name):
+        """A server that lost everything is filled again by reading."""
+        far.put([("v/one", b"value")])
+        self.server.cli("flushall")
+        front = opened(f"{self.server.url}?prefix={name}")
+        assert front.exists(["v/one"]) == [False]
+        assert far.get(["v/one"]) == [[b"value"]]
+        assert front.exists(["v/one"]) == [True]
+        front.close()
+
+
+@needs_ceph()
+class TestS3(FarContract):
+    @pytest.fixture(autouse=True, scope="class")
+    @classmethod
+    def server(cls, tmp_path_factory):
+        with s3_server(tmp_path_factory.mktemp("s3")) as address:
+            cls.address = address
+            yield address
+
+    @pytest.fixture(autouse=True)
+    def credentials(self, monkeypatch):
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", "testkey")
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "testsecret")
+
+    def open_far(self, name: str, bucket: str = "promptdb") -> FarStore:
+        return opened(f"s3://{bucket}/{name}?endpoint={self.address}&region=us-east-1")
+
+    def test_what_is_wrong_is_told(self, name, monkeypatch):
+        with pytest.raises(SharedError, match="no such bucket"):
+            self.open_far(name, "nobodys").get(["v/one"])
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+        with pytest.raises(SharedError, match="access denied"):
+            self.open_far(name).put([("v/one", b"x")])
+        with pytest.raises(SharedError):
+            opened(f"s3://promptdb/{name}?endpoint=http://127.0.0.1:9&region=us-east-1").get(["v/one"])
+
+    def test_a_hung_server(self, name):
+        with proxy_to(int(self.address.rpartition(":")[2])) as proxy:
+            url = f"s3://promptdb/{name}?endpoint=http://127.0.0.1:{proxy.port}&region=us-east-1"
+            far = open_far(SharedOptions(url, timeout_s=0.5, connect_timeout_s=0.5))
+            far.put([("v/one", b"x")])
+            proxy.is_silent = True
+            began = time.monotonic()
+            with pytest.raises(SharedError):
+                far.get(["v/one"])
+            assert time.monotonic() - began < 3
