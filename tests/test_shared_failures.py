@@ -76,7 +76,7 @@ def test_a_server_that_hangs(machine, server):
         began = time.monotonic()
         put(one.db, PROMPT)
         assert time.monotonic() - began < 1
-        wait_until(lambda: one.tier.calls.writing.num_failures)
+        wait_until(lambda: one.tier.status()["failures"])
         began = time.monotonic()
         one.db.close()
         assert time.monotonic() - began < 4
@@ -88,7 +88,7 @@ def test_it_comes_back(machine, server, caplog):
     one.put(PROMPT)
     server.kill()
     put(one.db, [1, *PROMPT])
-    wait_until(lambda: one.tier.calls.writing.num_failures)
+    wait_until(lambda: one.tier.status()["failures"])
     assert two.pull(PROMPT) == 0
     server.start()
     with caplog.at_level(logging.WARNING, "promptdb"):
@@ -122,7 +122,7 @@ def test_cut_off_in_the_middle_of_a_put(machine, server, share, monkeypatch):
         assert one.tier.flush(WAIT_S)
         proxy.cut_after(int(share * 12_000))
         put(one.db, [9, *PROMPT])
-        wait_until(lambda: one.tier.calls.writing.num_failures)
+        wait_until(lambda: one.tier.status()["failures"])
         assert two.pull([9, *PROMPT]) in (0, 16, 32, 48)
         assert two.counts.rejected == 0
         proxy._cut_after = None
@@ -158,8 +158,8 @@ def test_a_full_server(machine, tmp_path, caplog):
         with caplog.at_level(logging.WARNING, "promptdb"):
             for number in range(200):
                 put(one.db, [number, *PROMPT])
-            wait_until(lambda: one.tier.calls.writing.num_failures)
-        assert "full" in one.tier.calls.writing.last_failure
+            wait_until(lambda: one.tier.status()["failures"])
+        assert "full" in one.tier.status()["last_failure"]
         assert one.tier.num_waiting()
         assert two.pull(PROMPT) == 50
         assert sum("writing" in record.message for record in caplog.records) == 1
@@ -243,8 +243,8 @@ def test_tls(machine, tmp_path):
                 assert "TLS" in stranger.tier.status()["last_failure"]
             else:
                 assert one.pull(PROMPT) == 50  # its own
-                wait_until(lambda one=one: one.tier.calls.writing.num_failures)
-                assert "certificate" in one.tier.calls.writing.last_failure
+                wait_until(lambda one=one: one.tier.status()["failures"])
+                assert "certificate" in one.tier.status()["last_failure"]
 
 
 def test_a_slow_link(machine, server):
