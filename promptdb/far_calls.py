@@ -76,6 +76,15 @@ class FarCalls:
         self._pool = ThreadPoolExecutor(options.concurrency + 2, "promptdb-shared")
         self._lock = threading.Lock()
 
+    @property
+    def failure(self) -> str:
+        """What the far side failed with last; empty if it works, as far as is known."""
+        return self.writing.last_failure or self.reading.last_failure
+
+    def pause_s(self) -> float:
+        """Return how long it will be until sending may be tried: that asks what is there first."""
+        return max(self.reading.wait_s(), self.writing.wait_s())
+
     def read(self, work: Callable[[FarStore], Result], *, wait_s: float | None = None) -> Result:
         """Ask the far side something, within ``wait_s``; raise :class:`SharedError` if it does not answer."""
         return self._ask(self.reading, work, wait_s or self.wait_s)
@@ -111,8 +120,13 @@ class FarCalls:
             raise SharedError("the shared store is closed", "open the store again") from error
 
     def _result(self, breaker: Breaker, future: Future[Result], wait_s: float) -> Result:
+        result = self._wait(breaker, future, wait_s)
+        breaker.succeeded()
+        return result
+
+    def _wait(self, breaker: Breaker, future: Future[Result], wait_s: float) -> Result:
         try:
-            result = future.result(max(0.0, wait_s))
+            return future.result(max(0.0, wait_s))
         except FutureTimeoutError:
             future.cancel()
             error = SharedError(f"{self.far.name}: no answer within {wait_s:.1f} s", "check the network")
@@ -124,8 +138,6 @@ class FarCalls:
         except BaseException as error:
             breaker.failed(repr(error))
             raise
-        breaker.succeeded()
-        return result
 
     def fetch(self, wanted: Sequence[tuple[str, int]], deadline_s: float | None = None) -> Iterator[Pieces | None]:
         """Yield values in order, fetched in parallel ahead of whoever takes them, within the deadline of the options.
@@ -171,10 +183,12 @@ class FarCalls:
         futures = [self._submit(work) for work in works]
         ends = monotonic() + self.options.deadline_s + self.wait_s
         try:
-            return [self._result(self.writing, future, ends - monotonic()) for future in futures]
+            results = [self._wait(self.writing, future, ends - monotonic()) for future in futures]
         finally:
             for future in futures:
                 future.cancel()
+        self.writing.succeeded()
+        return results
 
     def close(self) -> None:
         """Give up what is under way, and release connections."""

@@ -173,6 +173,9 @@ class FarRedis:
     def get(self, keys: Sequence[str], sizes: Sequence[int] | None = None) -> list[Pieces | None]:
         """Return values. One round trip if they are small or their sizes are known, else two."""
         with self._asking():
+            if sizes is None and not self._is_cluster:  # one command has one reply to parse
+                heads = self._client("lookups").mget([self._key(key) for key in keys]) if keys else []
+                return self._complete(keys, heads)
             expected = [num_parts(size) for size in sizes] if sizes is not None else [0] * len(keys)
             use = "data" if any(expected) else "lookups"
             commands = []
@@ -180,20 +183,29 @@ class FarRedis:
                 commands.append(("GET", self._key(key)))
                 commands += [("GET", _part(self._key(key), part)) for part in range(number)]
             replies = iter(self._run(use, commands))
-            found: list[Pieces | None] = []
-            missing: list[tuple[int, _Manifest]] = []
+            heads, parts = [], []
             for number in expected:
-                head, *parts = [next(replies) for _ in range(1 + number)]
-                manifest = _read_manifest(head)
-                if manifest is not None and manifest.num_parts and manifest.num_parts != number:
-                    missing.append((len(found), manifest))
-                    found.append(None)
-                    continue
-                found.append(None if manifest is None else _whole(manifest, head, parts))
-            for at, manifest in missing:
-                names = [_part(self._key(keys[at]), number) for number in range(manifest.num_parts)]
-                found[at] = _whole(manifest, b"", self._run("data", [("GET", name) for name in names]))
-            return found
+                head, *following = [next(replies) for _ in range(1 + number)]
+                heads.append(head)
+                parts.append(following)
+            return self._complete(keys, heads, parts)
+
+    def _complete(
+        self, keys: Sequence[str], heads: Sequence[bytes | None], parts: Sequence[list[bytes | None]] | None = None
+    ) -> list[Pieces | None]:
+        """Return values from their manifests and the parts that came with those; others are asked for."""
+        found: list[Pieces | None] = []
+        for at, (key, head) in enumerate(zip(keys, heads, strict=True)):
+            manifest = _read_manifest(head)
+            if manifest is None or head is None:
+                found.append(None)
+                continue
+            own = parts[at] if parts is not None else []
+            if manifest.num_parts and manifest.num_parts != len(own):
+                names = [_part(self._key(key), number) for number in range(manifest.num_parts)]
+                own = self._run("data", [("GET", name) for name in names])
+            found.append(_whole(manifest, head, own))
+        return found
 
     def put(self, items: Sequence[tuple[str, Bytes]]) -> list[bool]:
         """Create values: their parts first, their manifests when all parts are there."""
@@ -330,7 +342,8 @@ _HINTS = (
 
 
 def _translated(error: Exception, name: str) -> SharedError:
-    text = str(error).partition("\n")[0] or type(error).__name__
+    # Of a pipeline, redis-py quotes the command, value and all.
+    text = " ".join(str(error).rpartition("caused error: ")[2].split()) or type(error).__name__
     if "CERTIFICATE" in text.upper() or "SSL" in text:
         return SharedError(f"{name}: TLS fails: {text}", "check the certificate's dates and name, and ssl_ca_certs")
     kinds = [kind.__name__ for kind in type(error).__mro__]

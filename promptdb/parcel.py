@@ -80,10 +80,10 @@ class Parcel:
         logits = tuple(each for each in self.logits if start < each[0] <= end)
         return Parcel(node, cut, packed[: start * TOKEN_BYTES], blobs, logits)
 
-    def pack(self) -> memoryview:
-        """Return the bytes of the archive."""
-        stream = io.BytesIO()
-        frames = FrameWriter(stream)
+    def pack(self) -> bytes:
+        """Return the bytes of the archive: one copy."""
+        parts = _Parts()
+        frames = FrameWriter(cast(BinaryIO, parts))
         root = self.root
         frames.write(MANIFEST, pack_record(MANIFEST_KEY, {"num_namespaces": 1}))
         frames.write(ROOT, root.digest, pack_root(root, dict.fromkeys(TOTALS, 0)))
@@ -98,7 +98,7 @@ class Parcel:
             size_bytes += logits_bytes(row)
         counted = totals(1, 1, self.record.num_tokens, len(self.logits), size_bytes)
         frames.write(DONE, pack_record(DONE_KEY, {**counted, "digest": frames.digest()}))
-        return stream.getbuffer()
+        return b"".join(parts.parts)
 
 
 def parcel_of(db: PromptDB, outgoing: Outgoing, span: OutgoingSpan, prefix: bytes) -> Parcel:
@@ -141,6 +141,16 @@ def load_logits(db: PromptDB, digest: bytes) -> Parcel | None:
         if hasher.at(position) == digest:
             return whole.cut(position - 1, position)
     return None
+
+
+class _Parts:
+    """Collects what is written, to be joined once."""
+
+    def __init__(self) -> None:
+        self.parts: list[Bytes] = []
+
+    def write(self, data: Bytes) -> None:
+        self.parts.append(data)
 
 
 class _Stream(io.RawIOBase):

@@ -98,7 +98,7 @@ class Pusher:
     ) -> tuple[list[tuple[str, Parcel]], list[tuple[str, Parcel]], list[Parcel], int]:
         """Return what is new, what goes on beyond what is there, logits that are not there, and how many are."""
         keys = [key for key, _ in waiting]
-        found = self._calls.write(lambda far: far.get(keys))
+        found = self._calls.read(lambda far: far.get(keys))
         new, again, there, logits = [], [], [], []
         for (key, parcel), pieces in zip(waiting, found, strict=True):
             entry = None if pieces is None else self._entry(key, joined(pieces))
@@ -115,7 +115,7 @@ class Pusher:
                     lacking = [at for at, _ in parcel.logits if at not in entry.logits]
                     logits += [parcel.cut(at - 1, at) for at in lacking]
         values = [value_key(entry.value) for _, _, entry in there]
-        whole = self._calls.write(lambda far: far.exists(values)) if values else []
+        whole = self._calls.read(lambda far: far.exists(values)) if values else []
         gone = [
             (key, parcel, entry) for (key, parcel, entry), is_whole in zip(there, whole, strict=True) if not is_whole
         ]

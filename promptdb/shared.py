@@ -107,7 +107,7 @@ class Tier:
         ends = None if wait_s is None else monotonic() + wait_s
         while self.num_waiting(1):
             left_s = _POLL_S if ends is None else min(_POLL_S, ends - monotonic())
-            if left_s <= 0 or self._thread is None or not self._thread.is_alive() or self.calls.writing.wait_s():
+            if left_s <= 0 or self._thread is None or not self._thread.is_alive() or self.calls.pause_s():
                 return False
             with self._wake:
                 self._wake.notify_all()
@@ -116,9 +116,9 @@ class Tier:
 
     def raise_failure(self) -> None:
         """Raise :class:`SharedError` if sending fails at this moment. What was not sent waits."""
-        if self.calls.writing.last_failure:
+        if self.calls.failure:
             raise SharedError(
-                f"nothing can be sent: {self.calls.writing.last_failure}",
+                f"nothing can be sent: {self.calls.failure}",
                 "what waits is sent when the store is used again, or by `promptdb push`",
             )
 
@@ -126,7 +126,7 @@ class Tier:
         """Send the oldest entries of the outbox, if no other process does; return whether there may be more."""
         with self._db.read() as snapshot:
             entries = waiting(snapshot.reader, _BATCH_ENTRIES)
-        if not entries or self.calls.writing.wait_s() or monotonic() < self._not_before:
+        if not entries or self.calls.pause_s() or monotonic() < self._not_before:
             return False
         with _claim(self._db.path) as is_ours:
             if not is_ours:
@@ -193,7 +193,7 @@ class Tier:
             "round_trip_s": self.calls.round_trip_s,
             "bytes_per_s": self.calls.bytes_per_s,
             "failures": self.calls.reading.num_failures + self.calls.writing.num_failures,
-            "last_failure": self.calls.reading.last_failure or self.calls.writing.last_failure,
+            "last_failure": self.calls.failure,
         }
 
     def close(self) -> None:

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence, Set
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING
 
 from promptdb.archive import Selection
-from promptdb.errors import CorruptDataError
+from promptdb.errors import CorruptDataError, NodeNotFoundError
 from promptdb.far import joined
-from promptdb.far_index import LOGITS_ENTRIES, ROOTS, SPANS, Entry, root_part
-from promptdb.format import LOGITS, NODES, unpack_root
-from promptdb.keys import TOKEN_BYTES, Root
-from promptdb.outgoing import Outgoing, prefix_of
-from promptdb.parcel import Parcel, parcel_of
+from promptdb.far_index import LOGITS_ENTRIES, ROOTS, SPANS, Entry, root_part, span_key, value_key
+from promptdb.format import LIFE, LOGITS, NODES, NodeRecord, unpack_root
+from promptdb.keys import Root
+from promptdb.life import Life
+from promptdb.outgoing import prefix_of
+from promptdb.parcel import Parcel, load_parcel
 from promptdb.pulling import Item
 from promptdb.pushing import PushReport
 from promptdb.shared import Tier
@@ -68,51 +71,79 @@ def push(
     SharedError
         The far side fails. What was sent stays: push again.
     NodeNotFoundError, CorruptDataError
-        The span that was asked for is gone, or what it stands on is damaged. Other damaged spans are left out.
+        The span that was asked for is gone, or stands on what is. Damaged spans are left out.
 
     Notes
     -----
-    Memory: a batch of 32 MiB. Reads every span that is selected, and sends what is new.
+    What is there is told from records alone. Memory: a batch of 32 MiB, and the next one, which is read meanwhile.
     """
-    report, looked_at = PushReport(), 0
-    for batch in _batches(_parcels(db, selection or Selection())):
-        report += tier.pusher.push(batch)
-        looked_at += sum(parcel.record.size_bytes for parcel in batch)
+    present = looked_at = 0
+    report = PushReport()
+    wanted: deque[bytes] = deque()
+    for page in _pages(_selected(db, selection or Selection())):
+        lacking = _lacking(db, tier, page)
+        wanted += lacking
+        present += len(page) - len(lacking)
+        looked_at += sum(record.size_bytes for node, record in page if node not in lacking)
         progress(looked_at)
-    return report
+    with ThreadPoolExecutor(1, "promptdb-push") as ahead:
+        following = ahead.submit(_load_batch, db, wanted)
+        while batch := following.result():
+            following = ahead.submit(_load_batch, db, wanted)
+            report += tier.pusher.push(batch)
+            looked_at += sum(parcel.record.size_bytes for parcel in batch)
+            progress(looked_at)
+    return report + PushReport(num_present=present)
 
 
-def _batches(parcels: Iterator[Parcel]) -> Iterator[list[Parcel]]:
+def _selected(db: PromptDB, selection: Selection) -> Iterator[tuple[bytes, NodeRecord]]:
+    """Yield (node ID, record) of the spans that are selected."""
+    only: Set[bytes] | None = None if selection.tag is None else db.tagged(selection.tag)
+    if selection.node is not None:
+        with db.read() as snapshot:
+            nodes = {node for node, _ in db.subtree(snapshot, selection.node)}
+            record, packed = prefix_of(db, selection.node)
+            nodes |= {step.node for step in snapshot.match(record.root, packed).steps}
+        only = nodes
+    for node, record in db.nodes():
+        if (only is None or node in only) and (selection.node is not None or selection.wants(record.root)):
+            yield node, record
+
+
+def _pages(found: Iterator[tuple[bytes, NodeRecord]]) -> Iterator[list[tuple[bytes, NodeRecord]]]:
+    while page := list(islice(found, _LIST_KEYS)):
+        yield page
+
+
+def _lacking(db: PromptDB, tier: Tier, page: Sequence[tuple[bytes, NodeRecord]]) -> list[bytes]:
+    """Return the spans that may not be there whole, or lack logits there; those first that others stand on."""
+    keys = [span_key(record.root.digest, record.child_hash, record.span) for _, record in page]
+    entries = tier.puller.entries(keys, tier.calls.read(lambda far: far.get(keys)))
+    known = [key for key in keys if key in entries]
+    values = [value_key(entries[key].value) for key in known]
+    whole = dict(zip(known, tier.calls.read(lambda far: far.exists(values)), strict=True)) if values else {}
+    lacking = []
+    with db.read() as snapshot:
+        for key, (node, record) in zip(keys, page, strict=True):
+            entry, life = entries.get(key), snapshot.reader.get(LIFE, node)
+            num_logits = len(Life.unpack(node, life).logits) if life is not None else 1 << 30
+            is_there = entry is not None and entry.node == node and whole[key] and num_logits <= len(entry.logits)
+            if not is_there:
+                lacking.append((record.start, node))
+    return [node for _, node in sorted(lacking)]
+
+
+def _load_batch(db: PromptDB, wanted: deque[bytes]) -> list[Parcel]:
+    """Read the next spans; those that are gone or damaged are left out."""
     batch: list[Parcel] = []
     size_bytes = 0
-    for parcel in parcels:
-        batch.append(parcel)
-        size_bytes += parcel.record.size_bytes
-        if size_bytes >= _BATCH_BYTES or len(batch) >= _BATCH_SPANS:
-            yield batch
-            batch, size_bytes = [], 0
-    if batch:
-        yield batch
-
-
-def _parcels(db: PromptDB, selection: Selection) -> Iterator[Parcel]:
-    target = None if selection.node is None else prefix_of(db, selection.node)
-    tagged = None if selection.tag is None else db.tagged(selection.tag)
-    for root, _ in db.roots():
-        if not selection.wants(root) or (target is not None and target[0].root != root):
+    while wanted and size_bytes < _BATCH_BYTES and len(batch) < _BATCH_SPANS:
+        try:
+            batch.append(load_parcel(db, wanted.popleft()))
+        except (NodeNotFoundError, CorruptDataError):
             continue
-        outgoing = Outgoing(db, root, only=tagged)
-        path = b""
-        if target is None:
-            spans = outgoing.everything()
-        else:
-            record, packed = target
-            assert selection.node is not None
-            spans = outgoing.subtree(selection.node, record.start, packed, with_prefix=True)
-        for span in spans:
-            prefix = path[: span.record.start * TOKEN_BYTES]
-            path = prefix + span.record.span
-            yield parcel_of(db, outgoing, span, prefix)
+        size_bytes += batch[-1].record.size_bytes
+    return batch
 
 
 def pull(

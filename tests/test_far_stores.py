@@ -3,7 +3,9 @@
 import time
 
 import pytest
+from archive_tools import lookup
 from far_servers import needs_ceph, needs_redis, proxy_to, redis_cluster, redis_server, s3_server
+from shared_tools import PROMPT, Machine
 
 from promptdb.errors import SharedError
 from promptdb.far import FarStore
@@ -16,32 +18,56 @@ def opened(url: str, **options) -> FarStore:
     return open_far(SharedOptions(url, timeout_s=10, **options))
 
 
-class TestDirectory(FarContract):
+class Shared(FarContract):
+    """The contract, and two machines with stores of their own on top of it."""
+
+    def url(self, name: str) -> str:
+        raise NotImplementedError
+
+    def open_far(self, name: str) -> FarStore:
+        return opened(self.url(name))
+
+    def test_two_machines(self, name, tmp_path):
+        options = SharedOptions.of_url(self.url(name))
+        one, two = Machine(tmp_path / "one", self.url(name)), Machine(tmp_path / "two", self.url(name))
+        try:
+            one.put(PROMPT, logits=[50])
+            assert two.pull([*PROMPT, 7]) == 50
+            two.put([*PROMPT, 7], logits=[51])
+            assert one.pull([*PROMPT, 7]) == 51
+            assert lookup(one.db, [*PROMPT, 7]).is_complete
+            assert one.tier.options.url == options.url
+        finally:
+            one.db.close()
+            two.db.close()
+
+
+class TestDirectory(Shared):
     @pytest.fixture(autouse=True)
     def directory(self, tmp_path):
         self.path = tmp_path
 
-    def open_far(self, name: str) -> FarStore:
-        return opened(f"file://{self.path}/{name}")
+    def url(self, name: str) -> str:
+        return f"file://{self.path}/{name}"
 
 
 @needs_redis()
-class TestRedis(FarContract):
+class TestRedis(Shared):
     @pytest.fixture(autouse=True, scope="class")
     @classmethod
     def server(cls, tmp_path_factory):
         with redis_server(
             tmp_path_factory.mktemp("redis"), maxmemory="256mb", maxmemory_policy="allkeys-lru"
         ) as server:
-            cls.url = server.url
+            cls.address = server.url
             yield server
 
-    def open_far(self, name: str) -> FarStore:
-        return opened(f"{self.url}?prefix={name}")
+    def url(self, name: str) -> str:
+        return f"{self.address}?prefix={name}"
 
 
 @needs_redis()
-class TestCluster(FarContract):
+class TestCluster(Shared):
     @pytest.fixture(autouse=True, scope="class")
     @classmethod
     def cluster(cls, tmp_path_factory):
@@ -49,12 +75,12 @@ class TestCluster(FarContract):
             cls.hosts = ",".join(f"127.0.0.1:{node.port}" for node in nodes)
             yield nodes
 
-    def open_far(self, name: str) -> FarStore:
-        return opened(f"redis+cluster://{self.hosts}?prefix={name}")
+    def url(self, name: str) -> str:
+        return f"redis+cluster://{self.hosts}?prefix={name}"
 
 
 @needs_redis()
-class TestLayers(FarContract):
+class TestLayers(Shared):
     """A server that forgets, in front of a directory that keeps."""
 
     @pytest.fixture(autouse=True, scope="class")
@@ -64,8 +90,8 @@ class TestLayers(FarContract):
             cls.server, cls.path = server, tmp_path_factory.mktemp("behind")
             yield server
 
-    def open_far(self, name: str) -> FarStore:
-        return opened(f"{self.server.url}?prefix={name} file://{self.path}/{name}")
+    def url(self, name: str) -> str:
+        return f"{self.server.url}?prefix={name} file://{self.path}/{name}"
 
     def test_what_is_behind_comes_to_the_front(self, far, name):
         """A server that lost everything is filled again by reading."""
@@ -79,7 +105,7 @@ class TestLayers(FarContract):
 
 
 @needs_ceph()
-class TestS3(FarContract):
+class TestS3(Shared):
     @pytest.fixture(autouse=True, scope="class")
     @classmethod
     def server(cls, tmp_path_factory):
@@ -92,12 +118,12 @@ class TestS3(FarContract):
         monkeypatch.setenv("AWS_ACCESS_KEY_ID", "testkey")
         monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "testsecret")
 
-    def open_far(self, name: str, bucket: str = "promptdb") -> FarStore:
-        return opened(f"s3://{bucket}/{name}?endpoint={self.address}&region=us-east-1")
+    def url(self, name: str, bucket: str = "promptdb") -> str:
+        return f"s3://{bucket}/{name}?endpoint={self.address}&region=us-east-1"
 
     def test_what_is_wrong_is_told(self, name, monkeypatch):
         with pytest.raises(SharedError, match="no such bucket"):
-            self.open_far(name, "nobodys").get(["v/one"])
+            opened(self.url(name, "nobodys")).get(["v/one"])
         monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
         with pytest.raises(SharedError, match="access denied"):
             self.open_far(name).put([("v/one", b"x")])

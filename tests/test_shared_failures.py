@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import logging
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 from archive_tools import ROOT, lookup, put
@@ -76,7 +79,7 @@ def test_a_server_that_hangs(machine, server):
         began = time.monotonic()
         put(one.db, PROMPT)
         assert time.monotonic() - began < 1
-        wait_until(lambda: one.tier.calls.writing.num_failures)
+        wait_until(lambda: one.tier.status()["failures"])
         began = time.monotonic()
         one.db.close()
         assert time.monotonic() - began < 4
@@ -88,7 +91,7 @@ def test_it_comes_back(machine, server, caplog):
     one.put(PROMPT)
     server.kill()
     put(one.db, [1, *PROMPT])
-    wait_until(lambda: one.tier.calls.writing.num_failures)
+    wait_until(lambda: one.tier.status()["failures"])
     assert two.pull(PROMPT) == 0
     server.start()
     with caplog.at_level(logging.WARNING, "promptdb"):
@@ -122,7 +125,7 @@ def test_cut_off_in_the_middle_of_a_put(machine, server, share, monkeypatch):
         assert one.tier.flush(WAIT_S)
         proxy.cut_after(int(share * 12_000))
         put(one.db, [9, *PROMPT])
-        wait_until(lambda: one.tier.calls.writing.num_failures)
+        wait_until(lambda: one.tier.status()["failures"])
         assert two.pull([9, *PROMPT]) in (0, 16, 32, 48)
         assert two.counts.rejected == 0
         proxy._cut_after = None
@@ -158,8 +161,8 @@ def test_a_full_server(machine, tmp_path, caplog):
         with caplog.at_level(logging.WARNING, "promptdb"):
             for number in range(200):
                 put(one.db, [number, *PROMPT])
-            wait_until(lambda: one.tier.calls.writing.num_failures)
-        assert "full" in one.tier.calls.writing.last_failure
+            wait_until(lambda: one.tier.status()["failures"])
+        assert "full" in one.tier.status()["last_failure"]
         assert one.tier.num_waiting()
         assert two.pull(PROMPT) == 50
         assert sum("writing" in record.message for record in caplog.records) == 1
@@ -243,8 +246,8 @@ def test_tls(machine, tmp_path):
                 assert "TLS" in stranger.tier.status()["last_failure"]
             else:
                 assert one.pull(PROMPT) == 50  # its own
-                wait_until(lambda one=one: one.tier.calls.writing.num_failures)
-                assert "certificate" in one.tier.calls.writing.last_failure
+                wait_until(lambda one=one: one.tier.status()["failures"])
+                assert "certificate" in one.tier.status()["last_failure"]
 
 
 def test_a_slow_link(machine, server):
@@ -292,3 +295,52 @@ def test_a_cluster_fails_over(machine, tmp_path):
 
         wait_until(all_is_there, 40)
         assert two.counts.rejected == 0
+
+
+WRITER = """
+import sys
+sys.path.insert(0, sys.argv[3])
+from archive_tools import put
+from promptdb.db import PromptDB
+from promptdb.shared import connect
+db = PromptDB(sys.argv[1], chunk_tokens=16, shared=sys.argv[2])
+connect(db)
+for number in range(60):
+    put(db, [number, *range(100, 150)])
+    print(number, flush=True)
+import time
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("acknowledged", [5, 30, 59])
+def test_a_killed_writer(machine, server, tmp_path, acknowledged):
+    """What a process had put when it was killed arrives when the store is opened again, all of it, and whole."""
+    command = [sys.executable, "-c", WRITER, str(tmp_path / "one"), server.url, str(Path(__file__).parent)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as writer:
+        while int(writer.stdout.readline()) < acknowledged:
+            pass
+        writer.kill()
+    two = machine("two", url=server.url)
+    for number in range(acknowledged):
+        two.pull([number, *PROMPT])  # what has arrived holds
+    one = machine("one", url=server.url)
+    assert one.tier.flush(WAIT_S)
+    assert [two.pull([number, *PROMPT]) for number in range(acknowledged)] == [51] * acknowledged
+    assert two.counts.rejected == two.counts.lost == 0
+
+
+def test_two_processes_with_one_store(machine, server, tmp_path):
+    """Both send from one queue: one at a time, nothing twice."""
+    command = [sys.executable, "-c", WRITER, str(tmp_path / "one"), server.url, str(Path(__file__).parent)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as writer:
+        one = machine("one", url=server.url)
+        for number in range(60, 80):
+            put(one.db, [number, *PROMPT])
+        while int(writer.stdout.readline()) < 59:
+            pass
+        wait_until(lambda: not one.tier.num_waiting())
+        writer.kill()
+    two = machine("two", url=server.url)
+    assert [two.pull([number, *PROMPT]) for number in range(80)] == [51] * 80
+    assert len(two.keys()) == len(two.keys("v/")) == 80 * 4
