@@ -34,7 +34,7 @@ from promptdb.format import (
     NodeRecord,
     unpack_root,
 )
-from promptdb.keys import TOKEN_BYTES, Root, pack_tokens
+from promptdb.keys import DIGEST_BYTES, TOKEN_BYTES, Root, pack_tokens
 from promptdb.ledger import Ledger, with_ledger
 from promptdb.lifecycle import Lifecycle, check_limits
 from promptdb.memory import MemoryIndex
@@ -362,7 +362,11 @@ class PromptDB(Recall, Lifecycle):
             raise NodeNotFoundError(f"{hex_prefix!r} is not a node ID", "`promptdb ls` lists them") from error
         found: list[bytes] = []
         with self._index.read() as reader:
-            for node in reader.keys(NODES, start):
+            if len(start) == DIGEST_BYTES:  # the table need not be searched
+                nodes = iter([start] if reader.size(NODES, start) is not None else [])
+            else:
+                nodes = reader.keys(NODES, start)
+            for node in nodes:
                 if node.hex().startswith(prefix):
                     found.append(node)
                 if len(found) > 1:

@@ -274,7 +274,8 @@ class _LmdbTransaction:
         return None if handle is None else self._transaction.get(key, db=handle)
 
     def size(self, table: str, key: bytes) -> int | None:
-        value = self.get(table, key)  # a view: nothing is read
+        handle = self._tables.get(table)
+        value = None if handle is None else self._transaction.get(key, db=handle)  # a view: nothing is read
         return None if value is None else len(value)
 
     def scan(self, table: str, start: bytes = b"", prefix: bytes = b"") -> Iterator[Item]:

@@ -193,7 +193,11 @@ def read_limits(reader: Reader) -> Limits:
     found = _fields(reader, LIMITS_KEY)
     if found is None:
         return Limits()
-    limits = Limits(**{name: found[name] for name in vars(Limits()) if name in found})
+    limits = Limits(
+        found.get("quota_bytes", 0),
+        found.get("policy", DEFAULT_POLICY),
+        found.get("compression", DEFAULT_COMPRESSION),
+    )
     is_sound = type(limits.quota_bytes) is int and limits.quota_bytes >= 0
     if not is_sound or limits.policy not in POLICIES or limits.compression not in COMPRESSIONS:
         raise CorruptDataError("the store's limits cannot be", "set them again: `promptdb limits`")

@@ -24,6 +24,8 @@ Bytes = bytes | bytearray | memoryview
 MAGIC = b"\x89PDBzst1"
 MAX_EXPANSION = 64
 """How many times larger than itself a packed blob may say that its content is: what bounds the memory for reading."""
+MAX_BYTES = 1 << 32
+"""And how large in all; larger blobs are not packed."""
 
 _SIZE = Struct("<Q")
 _FRAME_AT = len(MAGIC) + _SIZE.size
@@ -63,7 +65,7 @@ def pack(blob: Bytes) -> Bytes:
     """
     view = memoryview(blob).cast("B")
     most = len(view) - max(_LEAST_BYTES, int(_LEAST_SHARE * len(view)))
-    if most <= _FRAME_AT:
+    if most <= _FRAME_AT or len(view) > MAX_BYTES:
         return blob
     try:
         tensors = parse_blob(view)
@@ -89,7 +91,7 @@ def unpack(stored: memoryview) -> memoryview:
     ------
     CorruptDataError
         It is not what :func:`pack` makes. No more than twice the size that it gives is allocated, and no more than 64
-        times its own size is believed.
+        times its own size, or 4 GiB, is believed.
     MissingLibraryError
         It is packed, and zstandard is not installed.
 
@@ -100,7 +102,7 @@ def unpack(stored: memoryview) -> memoryview:
     if not is_packed(stored):
         return stored
     size_bytes = _SIZE.unpack(stored[len(MAGIC) : _FRAME_AT])[0] if len(stored) > _FRAME_AT else 0
-    if not 0 < size_bytes <= MAX_EXPANSION * len(stored):
+    if not 0 < size_bytes <= min(MAX_EXPANSION * len(stored), MAX_BYTES):
         raise CorruptDataError(f"a packed blob of {len(stored)} bytes says that it holds {size_bytes}")
     planes = memoryview(POOL.lease(size_bytes)).cast("B")
     _decompress(stored[_FRAME_AT:], planes)

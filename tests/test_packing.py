@@ -136,6 +136,15 @@ def test_hostile_blobs_are_refused_in_little_memory(name):
         tracemalloc.stop()
 
 
+def test_there_is_a_largest_size(monkeypatch):
+    blob = blob_of()
+    packed = pack(blob)
+    monkeypatch.setattr("promptdb.packing.MAX_BYTES", len(blob) - 1)
+    assert pack(blob) is blob
+    with pytest.raises(CorruptDataError, match="says that it holds"):
+        unpack(memoryview(packed))
+
+
 def test_memory_follows_what_is_stored_not_what_is_claimed():
     """In a process with little memory to have: a bomb is refused, an honest blob read."""
     code = """
