@@ -19,11 +19,11 @@ ORDER = (
     "version", "errors",
     "hashing", "code_identity", "refusals", "identity", "tokenizer_identity", "watch", "checkpoint",
     "keys", "tokens", "format", "blobs", "buffers",
-    "hook_points", "hook_places", "hook_context",
+    "hook_points", "hook_places", "hook_context", "hook_binding",
     "tables", "filesystem", "memory", "presence", "reserve", "index",
     "life", "labels", "trie", "access", "activations", "snapshot", "registry",
     "rebuild", "ledger", "pins", "eviction", "audit", "verify", "commits", "collect", "lifecycle",
-    "recordings", "dataset", "recall", "opening", "db", "shards",
+    "recordings", "dataset", "rows", "recall", "opening", "db", "shards",
     "testing",
     "frames", "streams", "intake", "outgoing", "deposit", "incoming", "archive", "backup",
     "cost", "explain",
@@ -50,8 +50,8 @@ OWNERS = {
         "identity", "watch", "buffers", "ambient", "cache", "staging", "scores", "kv", "masks", "runner", "probe",
         "loader", "storer", "representation", "loading", "generation", "extender", "passes", "batch", "scoring",
         "engine", "recompute", "text", "demo_models", "demo_training", "demo",
-        "hook_attention", "hook_loss", "hook_wiring", "hooked_model", "interventions", "recall", "dataset", "collector",
-        "recorder",
+        "hook_attention", "hook_loss", "hook_wiring", "hooked_model", "interventions", "rows", "recall", "dataset",
+        "collector", "recorder",
     },
     "transformers": {
         "arguments", "calls",
@@ -107,7 +107,16 @@ def test_nothing_in_the_library_imports_the_command_line():
 
 
 def test_public_names():
-    assert promptdb.__all__ == ["Engine", "PromptDB", "Recorder", "Representation", "Text", "__version__", "cached", "run"]
+    assert promptdb.__all__ == [
+        "Engine",
+        "PromptDB",
+        "Recorder",
+        "Representation",
+        "Text",
+        "__version__",
+        "cached",
+        "run",
+    ]
     for name in promptdb.__all__:
         assert getattr(promptdb, name) is not None
     assert dir(promptdb) == sorted(promptdb.__all__)
