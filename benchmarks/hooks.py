@@ -163,7 +163,7 @@ def recalling(db: PromptDB, first: Any, layers: int, rounds: int) -> list[Row]:
     target = torch.empty_like(source)
 
     def recall() -> object:
-        return [first.tensor(POINT, n) for n in range(layers)]
+        return first.tensors()
 
     recall()  # checksums, once
     times = take_turns(4 * rounds, {"recall": recall, "memcpy": lambda: target.copy_(source)})

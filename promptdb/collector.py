@@ -13,12 +13,11 @@ from promptdb.buffers import POOL
 from promptdb.cache import DTYPE_NAMES, TORCH_DTYPES
 from promptdb.errors import InputTypeError, NonFiniteError, UnsupportedModelError
 from promptdb.format import CHECKSUM_BYTES
+from promptdb.hook_binding import Where
 from promptdb.hook_context import Hook, PrecomputeContext
 from promptdb.hook_points import POINTS
 from promptdb.keys import pack_tokens
 from promptdb.recordings import RecordedRows
-
-Where = tuple[str, int | None]  # a point and its layer
 
 
 class Collector:

@@ -49,5 +49,5 @@ def generate(engine: Engine, prompt: Any, hf_kwargs: dict[str, Any]) -> Any:
         if copies > 1:
             cache.batch_repeat_interleave(copies)
         inputs["past_key_values"] = cache
-    with engine._extender.runner.attach():
+    with engine._extender.runner.alone():
         return model.generate(**inputs, **hf_kwargs)

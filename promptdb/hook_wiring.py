@@ -9,24 +9,23 @@ import inspect
 import threading
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Self
 
 import torch
 
-from promptdb.errors import InputTypeError, ModelError, UnsupportedModelError
+from promptdb.errors import ModelError
 from promptdb.hook_attention import Call, entered, leave
-from promptdb.hook_context import Hook, PrecomputeContext
+from promptdb.hook_binding import Binding, Where
+from promptdb.hook_context import PrecomputeContext
 from promptdb.hook_loss import with_logits, with_loss
-from promptdb.hook_places import Architecture, Place, architecture_of, reason_without_module
 from promptdb.hook_points import POINTS
 from promptdb.hook_points import HookVariableNames as N
 from promptdb.refusals import IDENTIFIED
 
 __all__ = ["Attachment", "StopPass"]
 
-_Where = tuple[str, int | None]  # a point, and its layer
 _ATTACHED: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
 _TAKEN = threading.Lock()
 
@@ -63,17 +62,15 @@ class Attachment:
     def __init__(
         self, model: Any, pctx: PrecomputeContext, *, last_layer: int | None = None, is_identified: bool = False
     ) -> None:
-        inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-        self.model, self.pctx = inner, pctx
-        self._refuse()
-        self._architecture: Architecture | None = None
-        self._bound = self._bind(pctx.hooks)
+        _refuse_skipping(model)
+        self._binding = Binding(model, pctx.hooks)
+        self._bound = self._binding.hooks
+        self.model, self.pctx = self._binding.model, pctx
         self._thread = threading.get_ident()
         self._is_identified = is_identified
-        self._stops = last_layer is not None
-        self._fired: Counter[_Where] = Counter()
+        self._fired: Counter[Where] = Counter()
         self._calls: dict[int, Call] = {}
-        self._signature = inspect.signature(inner.forward)
+        self._signature = inspect.signature(self.model.forward)
         self._own_implementation: str | None = None
         # Of the pass that runs: the first position, new and all tokens (None: no pass), and what the loss needs.
         self._first, self._new = 0, 0
@@ -81,10 +78,12 @@ class Attachment:
         self._labels: Any = None
         self._num_items: Any = None
         self._handles: list[Any] = []
+        self._is_attached = False
         with _TAKEN:
-            if inner in _ATTACHED:
+            if self.model in _ATTACHED:
                 raise ModelError("the model has hooks of another context", "put all hooks into one PrecomputeContext")
-            _ATTACHED.add(inner)
+            _ATTACHED.add(self.model)
+            self._is_attached = True
         try:
             self._register(last_layer)
         except BaseException:
@@ -93,11 +92,13 @@ class Attachment:
 
     def remove(self) -> None:
         """Take all hooks off, and leave the model as it was. Harmless when done twice."""
+        if not self._is_attached:
+            return
+        self._is_attached = False
         for handle in self._handles:
             handle.remove()
-        if self._handles:
-            self._handles = []
-            self._restore()
+        self._handles.clear()
+        self._restore()
         _ATTACHED.discard(self.model)
 
     def __enter__(self) -> Self:
@@ -108,119 +109,23 @@ class Attachment:
     ) -> None:
         self.remove()
 
-    # Where each hook belongs
-
-    def _refuse(self) -> None:
-        for name, module in self.model.named_modules():
-            where = name or type(self.model).__name__
-            if "_orig_mod" in module._modules or vars(module).get("_compiled_call_impl") is not None:
-                raise ModelError(f"{where} is compiled, and would skip hooks", "pass the model as it was before")
-            if module.training and getattr(module, "gradient_checkpointing", False):
-                raise ModelError(
-                    f"{where} computes its layers again in the backward pass, where hooks would be called again",
-                    "call model.gradient_checkpointing_disable()",
-                )
-
-    def _bind(self, hooks: list[Hook]) -> dict[_Where, list[Hook]]:
-        """Return the hooks of each point and layer, points in the order in which they are reached."""
-        found: dict[_Where, list[Hook]] = {}
-        for hook in hooks:
-            for where in self._wheres(hook):
-                found.setdefault(where, []).append(hook)
-        order = {name: at for at, name in enumerate(POINTS)}
-        return dict(sorted(found.items(), key=lambda item: order.get(item[0][0], len(order))))
-
-    def _wheres(self, hook: Hook) -> Iterator[_Where]:
-        point = POINTS.get(hook.name)
-        if point is None:
-            try:
-                self.model.get_submodule(hook.name)
-            except AttributeError as error:
-                raise InputTypeError(
-                    f"{type(self.model).__name__} has no module {hook.name!r}", "model.named_modules() lists them"
-                ) from error
-            yield hook.name, next((int(part) for part in hook.name.split(".") if part.isdecimal()), None)
-            return
-        place = self._place(hook.name)
-        if not point.by_layer:
-            yield hook.name, None
-            return
-        count = self._num_layers()
-        for layer in range(count) if hook.layers is None else hook.layers:
-            if not -count <= layer < count:
-                raise InputTypeError(f"layer {layer} of {hook!r}: the model has {count}", f"0 to {count - 1}")
-            at = layer % count
-            if self._module_of(place, at) is None:
-                reason = reason_without_module(place.path)
-                raise UnsupportedModelError(f"no {hook.name} in layer {at}: {reason}", "give other layers")
-            yield hook.name, at
-
-    @property
-    def points(self) -> list[tuple[str, int | None]]:
-        """The points that are hooked, each with its layer if it has one."""
-        return list(self._bound)
-
-    @property
-    def architecture(self) -> Architecture:
-        """Where the points are in this model."""
-        if self._architecture is None:
-            self._architecture = architecture_of(self.model.config)
-        return self._architecture
-
-    def _place(self, name: str) -> Place:
-        place = self.architecture.places[name]
-        if isinstance(place, str):
-            raise UnsupportedModelError(
-                f"{self.model.config.model_type} models as this one have no {name}: {place}", "hook another point"
-            )
-        if place.side == "attn" and getattr(self.model.config, "reorder_and_upcast_attn", False):
-            raise UnsupportedModelError(
-                f"{name}: with reorder_and_upcast_attn the model's eager attention cannot be reached",
-                "load it without that option",
-            )
-        return place
-
-    def _decoder(self) -> Any:
-        return self.model.get_submodule(self.architecture.decoder)
-
-    def _layers(self) -> Any:
-        return self._decoder().get_submodule(self.architecture.layers)
-
-    def _num_layers(self) -> int:
-        return len(self._layers())
-
-    def _module_of(self, place: Place, layer: int | None) -> Any:
-        if place.side == "attn":
-            place = Place(self.architecture.attention, "attn")
-        try:
-            start = self._decoder() if layer is None else self._layers()[layer]
-            return start.get_submodule(place.path)
-        except AttributeError:
-            return None
-
     # Attaching
 
     def _register(self, last_layer: int | None) -> None:
-        model = self.model
+        model, binding = self.model, self._binding
         self._add(model.register_forward_pre_hook, self._begin, with_kwargs=True)
         inside: dict[int, list[str]] = {}
         for name, layer in self._bound:
-            if name not in POINTS:
-                self._register_side(model.get_submodule(name), "out", (name, layer))
-                continue
-            place = self._place(name)
-            if place.side == "attn":
+            side = binding.place(name).side if name in POINTS else "out"
+            if side == "attn":
                 assert layer is not None
                 inside.setdefault(layer, []).append(name)
-            elif place.side != "end":
-                module = self._module_of(place, layer)
-                if module is None:
-                    raise UnsupportedModelError(f"{type(model).__name__} has no {place.path}, where {name} should be")
-                self._register_side(module, place.side, (name, layer))
+            elif side != "end":
+                self._register_side(binding.module(name, layer), side, (name, layer))
         for layer, names in inside.items():
-            self._register_attention(layer, names)
+            self._register_attention(binding.module(names[0], layer), layer, names)
         if last_layer is not None:
-            self._add(self._layers()[last_layer].register_forward_hook, self._stop)
+            self._add(binding.layers()[last_layer].register_forward_hook, self._stop)
         self._add(model.register_forward_hook, self._end, with_kwargs=True, always_call=True)
 
     def _add(self, register: Callable[..., Any], function: Callable[..., Any], **options: Any) -> None:
@@ -230,7 +135,7 @@ class Attachment:
         setattr(mine, IDENTIFIED, self._is_identified)
         self._handles.append(register(mine, **options))
 
-    def _register_side(self, module: Any, side: str, where: _Where) -> None:
+    def _register_side(self, module: Any, side: str, where: Where) -> None:
         def before(module: Any, args: Any, kwargs: Any) -> Any:
             if args:
                 return (change(args[0]), *args[1:]), kwargs
@@ -249,8 +154,7 @@ class Attachment:
         else:
             self._add(module.register_forward_pre_hook, before, with_kwargs=True)
 
-    def _register_attention(self, layer: int, names: list[str]) -> None:
-        module = self._layers()[layer].get_submodule(self.architecture.attention)
+    def _register_attention(self, module: Any, layer: int, names: list[str]) -> None:
         apply = {name: lambda x, where=(name, layer): self._run(where, x) for name in names}
 
         def before(module: Any, args: Any, kwargs: Any) -> None:
@@ -328,7 +232,7 @@ class Attachment:
                     "layers that are skipped, or modules that run several times, cannot be hooked",
                 )
 
-    def _add_to_stream(self, where: _Where, x: torch.Tensor) -> torch.Tensor:
+    def _add_to_stream(self, where: Where, x: torch.Tensor) -> torch.Tensor:
         """Show the residual stream to its hooks, and change it in its place: it is added to again later."""
         given = x.clone()  # who keeps it must not see it change
         result = self._run(where, given)
@@ -336,7 +240,7 @@ class Attachment:
             x.copy_(result)
         return x
 
-    def _run(self, where: _Where, x: torch.Tensor) -> torch.Tensor:
+    def _run(self, where: Where, x: torch.Tensor) -> torch.Tensor:
         name, layer = where
         self._fired[where] += 1
         given, point = x, POINTS.get(name)
@@ -349,3 +253,16 @@ class Attachment:
         first = total - count if name in (N.KEY_STATES, N.VALUE_STATES, N.LOGITS) else self._first
         result: torch.Tensor = self.pctx.call(self._bound[where], given, first, total, dim, layer)
         return x if result is given else result.reshape(x.shape)
+
+
+def _refuse_skipping(model: torch.nn.Module) -> None:
+    """Raise :class:`ModelError` if hooks would be skipped, or called twice."""
+    for name, module in model.named_modules():
+        where = name or type(model).__name__
+        if "_orig_mod" in module._modules or vars(module).get("_compiled_call_impl") is not None:
+            raise ModelError(f"{where} is compiled, and would skip hooks", "pass the model as it was before")
+        if module.training and getattr(module, "gradient_checkpointing", False):
+            raise ModelError(
+                f"{where} computes its layers again in the backward pass, where hooks would be called again",
+                "call model.gradient_checkpointing_disable()",
+            )

@@ -87,7 +87,7 @@ def _random_tokens(runner: Runner, count: int) -> torch.Tensor:
 
 
 def _plain(runner: Runner, token_ids: torch.Tensor) -> torch.Tensor:
-    with runner.attach():
+    with runner.alone():
         logits: torch.Tensor = runner.model(input_ids=token_ids[None].to(runner.device), use_cache=False).logits[0]
     return logits.float()
 

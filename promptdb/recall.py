@@ -6,15 +6,15 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from promptdb.activations import Series, Shard, pieces, read_entry, series_of
-from promptdb.buffers import POOL
+from promptdb.activations import Series, Shard, read_entry
 from promptdb.commits import check_packed
-from promptdb.errors import CorruptDataError, InputTypeError, NotRecordedError, UnsupportedModelError
+from promptdb.errors import InputTypeError, NotRecordedError
 from promptdb.format import ACTIVATIONS, CHECKSUM_BYTES, NODES, ROOTS, NodeRecord, unpack_root
-from promptdb.hook_points import POINTS, canonical_name
+from promptdb.hook_points import POINTS
 from promptdb.keys import DIGEST_BYTES, Root, num_tokens
 from promptdb.ledger import with_ledger
 from promptdb.recordings import RecordedRows, RecordReport, put_recordings
+from promptdb.rows import checked_point, only_series, positions_of, rows_of
 from promptdb.tokens import Encoder, as_prompt
 
 if TYPE_CHECKING:
@@ -22,10 +22,8 @@ if TYPE_CHECKING:
 
     from promptdb.dataset import ActivationDataset
     from promptdb.registry import Registry
-    from promptdb.snapshot import Match, Snapshot
+    from promptdb.snapshot import Snapshot
     from promptdb.tables import Index, Reader
-
-_TORCH_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 @dataclass
@@ -99,12 +97,27 @@ class Recall:
         packed = prompt if isinstance(prompt, bytes) else self._packed(prompt, root)
         check_packed(packed)
         name, layer = checked_point(point, layer)
-        wanted = _positions(positions, num_tokens(packed))
+        wanted = positions_of(positions, num_tokens(packed))
         with self._index.read() as reader:
             snapshot = self._snapshot(reader)
             match = snapshot.match(root, packed)
-            series = _only_series(reader, match, name, layer, dtype)
+            series = only_series(reader, match, name, layer, dtype)
             return rows_of(snapshot, match, series, wanted)
+
+    def activations_of(
+        self, root: Root, packed: bytes, wanted: Sequence[Series], positions: Sequence[int] | None = None
+    ) -> list[torch.Tensor]:
+        """Return several series of one prompt, from one look at the store; see :meth:`activations`.
+
+        Parameters
+        ----------
+        root, packed : identity and packed tokens of the prompt.
+        positions : rising; by default all.
+        """
+        with self._index.read() as reader:
+            snapshot = self._snapshot(reader)
+            match = snapshot.match(root, packed)
+            return [rows_of(snapshot, match, series, positions) for series in wanted]
 
     def _root_for(self, model: str | None, tokenizer: str | None, namespace: str, intervention: str) -> Root:
         if model is not None and tokenizer is not None:
@@ -293,80 +306,3 @@ class Recall:
     def _entries(self) -> list[tuple[bytes, Series]]:
         with self._index.read() as reader:
             return [(key[:DIGEST_BYTES], Series.of_key(key)) for key in reader.keys(ACTIVATIONS)]
-
-
-def checked_point(point: str, layer: int | None) -> tuple[str, int | None]:
-    """Return a point's name and layer as they are stored.
-
-    Raises
-    ------
-    InputTypeError
-        No such point, or a layer missing or too many.
-    """
-    name, named = canonical_name(point)
-    known = POINTS.get(name)
-    by_layer = known is not None and known.by_layer
-    if named is not None and layer in (None, named):
-        layer = named
-    if layer is not None and (type(layer) is not int or layer < 0):
-        raise InputTypeError(f"layer is {layer!r}", "layers are numbered from 0")
-    if by_layer != (layer is not None):
-        raise InputTypeError(
-            f"{point!r} is in each layer: which one?" if by_layer else f"{point!r} is in one place, whatever the layer",
-            f"activations(prompt, {point!r}, 3)" if by_layer else "leave the layer out",
-        )
-    return name, layer
-
-
-def _positions(positions: int | slice | Iterable[int] | None, total: int) -> list[int] | None:
-    if positions is None:
-        return None
-    if isinstance(positions, slice):
-        return sorted(range(*positions.indices(total)))
-    try:
-        asked = [positions] if isinstance(positions, int) else list(positions)
-        wanted = sorted({at + total if at < 0 else at for at in asked})
-    except TypeError as error:
-        raise InputTypeError(f"positions must be integers: {error}") from error
-    if wanted and not 0 <= wanted[0] <= wanted[-1] < total:
-        raise InputTypeError(f"positions {wanted[0]} to {wanted[-1]} of a prompt of {total} tokens")
-    return wanted
-
-
-def _only_series(reader: Reader, match: Match, name: str, layer: int | None, dtype: str | None) -> Series:
-    if dtype is not None:
-        return Series(name, layer, dtype)
-    found = sorted({each for step in match.steps for each in series_of(reader, step.node, name, layer)})
-    if len(found) > 1:
-        raise InputTypeError(
-            f"{found[0].point} was recorded as {', '.join(each.dtype for each in found)}",
-            "choose one of them: dtype=, or --as",
-        )
-    return found[0] if found else Series(name, layer, "F32")
-
-
-def rows_of(snapshot: Snapshot, match: Match, series: Series, positions: Sequence[int] | None) -> torch.Tensor:
-    """Return rows of a prompt as a tensor of its own; raises as :meth:`Recall.activations` does."""
-    import torch
-
-    found, missing = pieces(snapshot, match, series, positions)
-    if missing or not found:
-        total = num_tokens(match.packed) if positions is None else len(positions)
-        where = f", the first at {missing[0]}" if missing else ""
-        raise NotRecordedError(
-            f"{series}: {len(missing)} of {total} positions are not recorded{where}", "Recorder.run() records them"
-        )
-    shape, width = found[0].entry.rows.shape[1:], found[0].entry.row_bytes
-    if any(piece.entry.rows.shape[1:] != shape for piece in found):
-        raise CorruptDataError(f"rows of {series} have several shapes", "record them again after remove_activations()")
-    if series.dtype not in _TORCH_NAMES:
-        raise UnsupportedModelError(f"recorded activations of {series.dtype} cannot be read as a tensor")
-    count = sum(piece.count for piece in found)
-    memory = POOL.lease(count * width)
-    target, at = memoryview(memory).cast("B"), 0
-    for piece in found:
-        size = piece.count * width
-        target[at : at + size] = piece.entry.rows.data[piece.first * width : piece.first * width + size]
-        at += size
-    dtype = getattr(torch, _TORCH_NAMES[series.dtype])
-    return torch.frombuffer(memory, dtype=dtype, count=at // dtype.itemsize).view(count, *shape)

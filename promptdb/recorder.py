@@ -12,14 +12,16 @@ import torch
 
 from promptdb.activations import Series, entry_of
 from promptdb.ambient import plain_torch
-from promptdb.collector import Collector, Where, dtype_name, encode_rows
+from promptdb.collector import Collector, dtype_name, encode_rows
 from promptdb.errors import CorruptDataError, InputTypeError, ReadOnlyStoreError, StoreError, UnsupportedModelError
+from promptdb.hook_binding import Binding, Where
 from promptdb.hook_context import Hook, PrecomputeContext
 from promptdb.hook_points import POINTS, canonical_name
 from promptdb.hook_points import HookVariableNames as N
 from promptdb.hook_wiring import Attachment, StopPass
 from promptdb.keys import unpack_tokens
 from promptdb.recordings import RecordedRows
+from promptdb.rows import checked_point
 
 if TYPE_CHECKING:
     from promptdb.db import PromptDB
@@ -69,18 +71,14 @@ class Recording:
 
     def tensor(self, point: str, layer: int | None = None) -> torch.Tensor:
         """Return the recorded rows of a point: ``[len(positions), d]``; see :meth:`PromptDB.activations`."""
-        root = self.root
-        return self._db.activations(
-            self.packed,
-            point,
-            layer,
-            positions=self.positions,
-            dtype=self._dtype,
-            model=root.weights_id,
-            tokenizer=root.tokenizer_id,
-            namespace=root.namespace,
-            intervention=root.intervention_id,
-        )
+        series = Series(*checked_point(point, layer), self._dtype)
+        return self._db.activations_of(self.root, self.packed, [series], self.positions)[0]
+
+    def tensors(self) -> dict[Where, torch.Tensor]:
+        """Return the recorded rows of all points that were asked for, by point and layer."""
+        series = [Series(*where, self._dtype) for where in self.points]
+        found = self._db.activations_of(self.root, self.packed, series, self.positions)
+        return dict(zip(self.points, found, strict=True))
 
 
 class Recorder:
@@ -156,11 +154,7 @@ class Recorder:
             hook = Hook(asked_name, lambda x, pctx: None)
             if point is not None and point.by_layer and hook.layers is None:
                 hook = Hook(asked_name, hook.fn, layers=asked)
-            # As attaching resolves it: a name that the model does not have is refused here.
-            pctx = PrecomputeContext(self.engine.model.config, [hook])
-            with self.engine._lock, Attachment(self.engine.model, pctx, is_identified=True) as attached:
-                found = attached.points
-            for name, layer in found:
+            for name, layer in Binding(self.engine.model, [hook]).hooks:
                 yield name, layer if name in POINTS else None
 
     def _deepest(self) -> int | None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
@@ -125,6 +125,12 @@ class Runner:
         for layer in DynamicCache(config=config).layers:
             if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
                 raise refuse(f"its cache has {type(layer).__name__}s, whose state is not that layer's keys and values")
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Hold the model for a pass, with the hooks that :attr:`attach` brings: no other runner's are there then."""
+        with _one_at_a_time(self.model), self.attach():
+            yield
 
     @property
     def device(self) -> torch.device:
@@ -324,7 +330,7 @@ class Runner:
         if "position_ids" in self._parameters:
             inputs["position_ids"] = positions.to(self.device)
         before, new = cache.get_seq_length(), input_ids.shape[1]
-        with _one_at_a_time(self.model), self.attach():
+        with self.alone():
             output = self.model(**inputs)
         if output.past_key_values is not cache:
             raise UnsupportedModelError(

@@ -79,6 +79,9 @@ def test_what_is_recorded_is_what_a_plain_pass_shows(db, arch):
             assert torch.equal(db.activations(IDS[:50], point, layer, positions=slice(7, 33)), read[7:33])
             assert torch.equal(db.activations(IDS, point, layer, positions=-1), read[-1:])
         assert Recorder(engine, points).run([IDS])[0].tokens_computed == 0
+        every = cold.tensors()
+        assert list(every) == list(cold.points)
+        assert all(torch.equal(rows, cold.tensor(*where)) for where, rows in every.items())
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
