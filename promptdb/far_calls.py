@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeoutError
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from time import monotonic
@@ -97,6 +98,12 @@ class FarCalls:
             self.counts.round_trips += 1
             self.round_trip_s = _folded(self.round_trip_s, monotonic() - began)
         return found
+
+    def touch(self, work: Callable[[FarStore], object]) -> None:
+        """Ask something in the background that nobody waits for, if the far side works. A failure means nothing."""
+        if not self.pause_s():
+            with suppress(SharedError):
+                self._submit(work)
 
     def write(self, work: Callable[[FarStore], Result]) -> Result:
         """Send something; the engine's own timeouts bound each part of it, and nobody waits for it but the sender."""

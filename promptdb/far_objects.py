@@ -29,6 +29,8 @@ _MAGIC = b"pdb1"
 # A miss costs a round trip each: a lookup starts with so many keys, and goes on only if they were there.
 _LOOKUP_KEYS = 16
 _CONNECTIONS = 16
+# Larger objects are not ours, and would fill the memory.
+_MOST_BYTES = 4 << 30
 
 
 class FarObjects:
@@ -138,10 +140,12 @@ class FarObjects:
 
         def fetch(key: str) -> Pieces | None:
             try:
-                content = memoryview(self._obstore.get(store, _path(key)).bytes())
+                answer = self._obstore.get(store, _path(key))
+                if answer.meta["size"] > _MOST_BYTES:
+                    return None
+                return _whole(memoryview(answer.bytes()))
             except FileNotFoundError:
                 return None
-            return _whole(content)
 
         return self._each(fetch, keys)
 
