@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -67,8 +68,9 @@ class FarCalls:
     def __init__(self, far: FarStore, options: SharedOptions) -> None:
         self.far = far
         self.options = options
-        self.reading = Breaker(f"reading from the shared store {far.name}")
-        self.writing = Breaker(f"writing to the shared store {far.name}")
+        level = logging.DEBUG if options.required else logging.WARNING
+        self.reading = Breaker(f"reading from the shared store {far.name}", level=level)
+        self.writing = Breaker(f"writing to the shared store {far.name}", level=level)
         self.counts = Counts()
         self.round_trip_s: float | None = None
         self.bytes_per_s: float | None = None

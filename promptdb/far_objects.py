@@ -233,7 +233,7 @@ def _import() -> Any:
 
 
 def _translated(error: Exception, name: str) -> SharedError:
-    text = " ".join(str(error).split())[:300]
+    text = " ".join(str(error).partition("Debug source:")[0].split())[:300]
     kind = type(error).__name__
     lower = text.lower()
     if "certificate" in lower:
@@ -244,7 +244,8 @@ def _translated(error: Exception, name: str) -> SharedError:
         or "403 Forbidden" in text
     ):
         return SharedError(
-            f"{name}: access denied: {text}", "check the credentials and their rights; a full quota looks the same"
+            f"{name}: access denied: {text}",
+            "check the credentials (AWS_ACCESS_KEY_ID, ...) and their rights; a full quota looks the same",
         )
     if "timed out" in lower or "timeout" in lower or isinstance(error, TimeoutError):
         return SharedError(f"{name}: no answer in time: {text}", "timeout_s=SECONDS in the URL waits longer")
