@@ -271,8 +271,8 @@ def model(url: str, directory: Path) -> list[dict]:
     ]
 
 
-# Models as (name, bytes of keys and values a token, tokens a second): twice the parameters in operations for a token,
-# at half of the peak of what computes it; the first as measured.
+# Models as (name, bytes of keys and values a token, tokens a second): the first as measured; otherwise twice the
+# parameters in operations for a token, at half of the peak of what computes it.
 MODELS = (
     ("GPT-2 124M, fp32, 2 CPU cores", 73_728, 510),
     ("8B, bf16, one L4", 131_072, 3_750),

@@ -88,6 +88,7 @@ def push(
       promptdb push --tag evaluation
       promptdb push 3f2a91 --json
     """
+    PromptDB(path, readonly=True).close()  # there must be one
     with opened(path, shared) as (db, tier):
         report = _push(db, tier, _selected(db, node, model, namespace, tag))
         where = tier.calls.far.name

@@ -24,6 +24,7 @@ class Breaker:
     Parameters
     ----------
     what : the far side and what is asked of it, for the log.
+    level : of what is logged: where failures are raised, they need not be warned of.
     clock : seconds, for tests.
 
     Attributes
@@ -32,8 +33,9 @@ class Breaker:
     last_failure : message of the last one; empty if there was none since it last worked.
     """
 
-    def __init__(self, what: str, *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, what: str, *, level: int = logging.WARNING, clock: Callable[[], float] = time.monotonic) -> None:
         self._what = what
+        self._level = level
         self._clock = clock
         self._lock = threading.Lock()
         self._in_a_row = 0
@@ -62,7 +64,7 @@ class Breaker:
         with self._lock:
             was_failing, self._in_a_row, self._is_trying, self.last_failure = self._in_a_row, 0, False, ""
         if was_failing:
-            logger.warning("%s works again", self._what)
+            logger.log(self._level, "%s works again", self._what)
 
     def failed(self, reason: str) -> None:
         """Note that it did not."""
@@ -78,4 +80,4 @@ class Breaker:
                 self._in_a_row = min(self._in_a_row + 1, 16)
                 self._next_try = self._clock() + wait_s * random.uniform(0.5, 1.5)
         if is_first:
-            logger.warning("%s failed, and is left alone for a while: %s", self._what, reason)
+            logger.log(self._level, "%s failed, and is left alone for a while: %s", self._what, reason)

@@ -245,10 +245,12 @@ class PromptDB(Recall, Lifecycle):
 
         Writes when spans were used last, so it may wait for another writer.
         """
-        while self._closing:
-            self._closing.pop()()
-        self.flush_accesses()
-        self._index.close()
+        try:
+            while self._closing:
+                self._closing.pop()()
+        finally:
+            self.flush_accesses()
+            self._index.close()
 
     def at_close(self, work: Callable[[], None]) -> None:
         """Have something done before the store is closed."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeoutError
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from time import monotonic
@@ -66,8 +68,9 @@ class FarCalls:
     def __init__(self, far: FarStore, options: SharedOptions) -> None:
         self.far = far
         self.options = options
-        self.reading = Breaker(f"reading from the shared store {far.name}")
-        self.writing = Breaker(f"writing to the shared store {far.name}")
+        level = logging.DEBUG if options.required else logging.WARNING
+        self.reading = Breaker(f"reading from the shared store {far.name}", level=level)
+        self.writing = Breaker(f"writing to the shared store {far.name}", level=level)
         self.counts = Counts()
         self.round_trip_s: float | None = None
         self.bytes_per_s: float | None = None
@@ -97,6 +100,12 @@ class FarCalls:
             self.counts.round_trips += 1
             self.round_trip_s = _folded(self.round_trip_s, monotonic() - began)
         return found
+
+    def touch(self, work: Callable[[FarStore], object]) -> None:
+        """Ask something in the background that nobody waits for, if the far side works. A failure means nothing."""
+        if not self.pause_s():
+            with suppress(SharedError):
+                self._submit(work)
 
     def write(self, work: Callable[[FarStore], Result]) -> Result:
         """Send something; the engine's own timeouts bound each part of it, and nobody waits for it but the sender."""

@@ -23,7 +23,7 @@ from promptdb.keys import DIGEST_BYTES, TOKEN_BYTES, PrefixHasher, Root, child_k
 from promptdb.opening import MAX_CHUNK_TOKENS
 
 SPANS, LOGITS_ENTRIES, VALUES, ROOTS = "i/", "l/", "v/", "r/"
-MAX_VALUE_BYTES = 1 << 40
+MAX_VALUE_BYTES = 4 << 30
 
 
 def root_part(root_digest: bytes) -> str:
@@ -165,10 +165,12 @@ class Walk:
         self.steps: list[FarStep] = []
         multiples = range(0, self.total, chunk_tokens)
         guesses = {start, *multiples, *boundaries}
-        # A span that began before what is stored here may go on behind it.
-        ordered = sorted(at for at in guesses if max(0, start - chunk_tokens) <= at < self.total)
         hasher = PrefixHasher(root.digest, packed)
-        self._keys = {at: self._key(hasher.at(at), at) for at in ordered}
+        keys = {at: self._key(hasher.at(at), at) for at in sorted(guesses) if at < self.total}
+        # A span that began before what is stored here may go on behind it.
+        ordered = [at for at in keys if at >= max(0, start - chunk_tokens)]
+        self.ancestors = [key for at, (key, _) in keys.items() if at < start]
+        self._keys = keys
         self._waiting = ordered
         self._asked: set[int] = set()
         self._found: dict[int, tuple[str, Entry]] = {}

@@ -21,7 +21,7 @@ class FarLayers:
     def __init__(self, layers: Sequence[FarStore]) -> None:
         self._layers = layers
         self.name = " ".join(layer.name for layer in layers)
-        self.first_batch = layers[0].first_batch
+        self.first_batch = min(layer.first_batch for layer in layers)  # what is not in front is asked for behind
 
     def exists(self, keys: Sequence[str]) -> list[bool]:
         """Return which values are in any layer."""

@@ -29,6 +29,8 @@ _MAGIC = b"pdb1"
 # A miss costs a round trip each: a lookup starts with so many keys, and goes on only if they were there.
 _LOOKUP_KEYS = 16
 _CONNECTIONS = 16
+# Larger objects are not ours, and would fill the memory.
+_MOST_BYTES = 4 << 30
 
 
 class FarObjects:
@@ -138,10 +140,12 @@ class FarObjects:
 
         def fetch(key: str) -> Pieces | None:
             try:
-                content = memoryview(self._obstore.get(store, _path(key)).bytes())
+                answer = self._obstore.get(store, _path(key))
+                if answer.meta["size"] > _MOST_BYTES:
+                    return None
+                return _whole(memoryview(answer.bytes()))
             except FileNotFoundError:
                 return None
-            return _whole(content)
 
         return self._each(fetch, keys)
 
@@ -229,7 +233,7 @@ def _import() -> Any:
 
 
 def _translated(error: Exception, name: str) -> SharedError:
-    text = " ".join(str(error).split())[:300]
+    text = " ".join(str(error).partition("Debug source:")[0].split())[:300]
     kind = type(error).__name__
     lower = text.lower()
     if "certificate" in lower:
@@ -240,7 +244,8 @@ def _translated(error: Exception, name: str) -> SharedError:
         or "403 Forbidden" in text
     ):
         return SharedError(
-            f"{name}: access denied: {text}", "check the credentials and their rights; a full quota looks the same"
+            f"{name}: access denied: {text}",
+            "check the credentials (AWS_ACCESS_KEY_ID, ...) and their rights; a full quota looks the same",
         )
     if "timed out" in lower or "timeout" in lower or isinstance(error, TimeoutError):
         return SharedError(f"{name}: no answer in time: {text}", "timeout_s=SECONDS in the URL waits longer")

@@ -176,7 +176,8 @@ class FarRedis:
             if sizes is None and not self._is_cluster:  # one command has one reply to parse
                 heads = self._client("lookups").mget([self._key(key) for key in keys]) if keys else []
                 return self._complete(keys, heads)
-            expected = [num_parts(size) for size in sizes] if sizes is not None else [0] * len(keys)
+            # The sizes may be a forger's.
+            expected = [num_parts(min(size, MOST_BYTES)) for size in sizes] if sizes is not None else [0] * len(keys)
             use = "data" if any(expected) else "lookups"
             commands = []
             for key, number in zip(keys, expected, strict=True):

@@ -12,7 +12,7 @@ from blake3 import blake3
 from promptdb.db import PromptDB
 from promptdb.deposit import Deposit, ImportReport
 from promptdb.errors import CorruptDataError, FormatVersionError, PromptDBError, SharedError
-from promptdb.far import Pieces, joined
+from promptdb.far import FarStore, Pieces, joined
 from promptdb.far_calls import FarCalls
 from promptdb.far_index import Entry, FarStep, Walk, logits_key, value_key
 from promptdb.keys import PrefixHasher, Root, num_tokens
@@ -26,6 +26,8 @@ _MOST_TRIPS = 64
 # Where a decision against fetching is put to the test again.
 _RETRY_EVERY = 20
 _AUTO_THREADS_BYTES = 1 << 20
+_TOUCH_EVERY_S = 60.0
+_MOST_TOUCHED = 10_000
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,7 @@ class Puller:
         self._db, self._calls, self._trust = db, calls, trust
         self._num_declined = 0
         self._is_local_failure_known = False
+        self._touched: dict[str, float] = {}  # key of the last ancestor -> when
 
     def pull(self, root: Root, wants: Sequence[Want], compute_tokens_per_s: float | None = None) -> int:
         """Store here what the far side has of prompts beyond what is here; return 0 unless something may be new.
@@ -142,6 +145,8 @@ class Puller:
             counts.hits += bool(walk.steps)
             before, position = "", want.start
             steps = self._affordable(walk, rate)
+            if steps:
+                self._touch(walk.ancestors)
             for step in steps:
                 items.setdefault(step.key, Item(step.key, step.entry, before, step.end - position))
                 before, position = step.key, step.end
@@ -157,6 +162,21 @@ class Puller:
                 # Its value holds the last token again; what is taken of it are the logits.
                 items.setdefault(end, Item(end, entry, before, 0))
         return list(items.values())
+
+    def _touch(self, keys: Sequence[str]) -> None:
+        """Let the far side know that what these spans stand on is in use: what goes by age would go before them."""
+        now = monotonic()
+        if not keys or now - self._touched.get(keys[-1], -_TOUCH_EVERY_S) < _TOUCH_EVERY_S:
+            return
+        if len(self._touched) >= _MOST_TOUCHED:
+            self._touched.clear()
+        self._touched[keys[-1]] = now
+
+        def work(far: FarStore) -> None:
+            found = self.entries(keys, far.get(keys))
+            far.exists([value_key(entry.value) for entry in found.values()])
+
+        self._calls.touch(work)
 
     def entries(self, keys: Sequence[str], found: Sequence[Pieces | None]) -> dict[str, Entry]:
         """Return the entries that were found and may be used, by key."""

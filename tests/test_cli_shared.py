@@ -164,3 +164,6 @@ def test_warm(tmp_path, url):
     assert second["tokens_fetched"] == first["tokens_computed"]
     assert "0 tokens computed" in run("warm", "--db", tmp_path / "two", *options).stdout
     assert "no shared store" in run("warm", "--db", tmp_path / "two", *options[:-2], code=2).output
+    put_options = ("--model", model, "--shared", url, "--db", tmp_path / "three")
+    assert run_json("put", *put_options, "Hello there. General Kenobi")["tokens_computed"] == 0
+    assert run_json("put", *put_options[:2], "--db", tmp_path / "four", "Hello there.")["tokens_computed"] > 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from dataclasses import replace
 
 import pytest
@@ -520,3 +521,23 @@ class TestRedis:
         names = server.cli("keys", "*").split()
         assert names
         assert all(0 < int(server.cli("ttl", name)) <= 100 for name in names)
+
+    def test_what_is_stood_on_is_kept_in_use(self, machine, server):
+        """A machine that has the start of a prompt tells that it uses it, when it fetches what goes on from there."""
+        one, two = machine("one", url=server.url), machine("two", url=server.url)
+        one.put(list(range(96)))
+        assert two.pull(list(range(96))) == 96
+        one.put(list(range(128)))
+        time.sleep(2.1)  # the server counts idle time in seconds
+        names = [name for name in server.cli("keys", "promptdb:[iv]/*").split() if name]
+
+        def idle() -> list[int]:
+            return [int(server.cli("object", "idletime", name)) for name in names]
+
+        assert max(idle()) >= 2
+        assert two.pull(list(range(128))) == 128
+        ends = time.monotonic() + WAIT_S
+        while max(idle()) > 1 and time.monotonic() < ends:
+            time.sleep(0.05)
+        assert len(names) == 16
+        assert max(idle()) < 2
