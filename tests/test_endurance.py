@@ -9,6 +9,7 @@ from promptdb import PromptDB
 def test_kills(tmp_path):
     report = endurance.kills(tmp_path / "store", 12, seed=1)
     assert report["operations_acknowledged"] > 50
+    assert report["spans_evicted"] > 0
 
 
 def test_kills_are_noticed_if_they_lose_something(tmp_path, monkeypatch):
@@ -22,7 +23,8 @@ def test_flipped_bits(tmp_path):
     report = endurance.flips(tmp_path, 20, seed=2)
     assert set(report) >= {"branch", "leaf", "meta", "overflow"}
     assert sum(each["flips"] for each in report.values()) == 20
-    assert all(each["crashes_that_check_had_not_seen"] == 0 for each in report.values())
+    assert all(each["crash not seen by check"] == 0 for each in report.values())
+    assert sum(each.get("some damaged", 0) for each in report.values()) > 2
 
 
 def test_content_of_another_prompt_is_noticed():
