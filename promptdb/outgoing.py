@@ -11,7 +11,6 @@ from promptdb.format import CHILDREN, KV_BLOB, LOGITS, LOGPROBS_BLOB, BlobEntry,
 from promptdb.intake import check_blobs, check_logits, check_record, own_logits, own_tensors
 from promptdb.keys import DIGEST_BYTES, TOKEN_BYTES, PrefixHasher, Root
 from promptdb.snapshot import Snapshot
-from promptdb.tables import Reader
 from promptdb.trie import descendants
 
 
@@ -114,14 +113,14 @@ class Outgoing:
 
     def _next(self, level: _Level, prefix: bytes) -> OutgoingSpan | None:
         """Return the next span that holds at the last place of a level, or None if there is none."""
-        digest = level.places[-1][1]
-        while True:
+        if level.waiting is None:
             with self._db.read() as snapshot:
-                key, node = _first_child(snapshot.reader, digest, level.after)
-                if not key:
-                    return None
-                level.after = key + b"\0"
-                if self._only is not None and node not in self._only:
+                level.waiting = list(snapshot.reader.keys(CHILDREN, level.places[-1][1]))[::-1]
+        while level.waiting:
+            with self._db.read() as snapshot:
+                entry = snapshot.reader.get(CHILDREN, level.waiting.pop())
+                node = b"" if entry is None else bytes(entry[:DIGEST_BYTES])
+                if not node or (self._only is not None and node not in self._only):
                     continue
                 try:
                     span = self._read(snapshot, node, prefix)
@@ -130,6 +129,7 @@ class Outgoing:
                     continue
                 if span is not None:
                     return span
+        return None
 
     def _read(self, snapshot: Snapshot, node: bytes, prefix: bytes) -> OutgoingSpan | None:
         """Read the span that goes on after a prefix, or return None if it is gone."""
@@ -153,7 +153,7 @@ class Outgoing:
         attached, logits = [], []
         for position in range(start + 1, record.end + 1):
             digest = hasher.at(position)
-            if _first_child(snapshot.reader, digest, digest)[0]:
+            if next(snapshot.reader.keys(CHILDREN, digest), None) is not None:
                 attached.append((position, digest))
             if snapshot.reader.size(LOGITS, digest) is not None:
                 logits.append((position, digest))
@@ -161,22 +161,18 @@ class Outgoing:
 
 
 class _Level:
-    """Places where spans attach, of which the last is worked on, from key ``after`` of the child index on."""
+    """Places where spans attach, of which the last is worked on.
+
+    ``waiting`` has the keys of the child index that are left there, the next one last; None before they are read.
+    """
 
     def __init__(self, places: list[tuple[int, bytes]]) -> None:
         self.places = list(places)
-        self.after = self.places[-1][1] if self.places else b""
+        self.waiting: list[bytes] | None = None
 
     def leave_place(self) -> None:
         self.places.pop()
-        self.after = self.places[-1][1] if self.places else b""
-
-
-def _first_child(reader: Reader, digest: bytes, after: bytes) -> tuple[bytes, bytes]:
-    """Return key and node ID of the first entry of the child index under a digest, from a key on; empty if none."""
-    for key, value in reader.scan(CHILDREN, after, digest):
-        return key, bytes(value[:DIGEST_BYTES])
-    return b"", b""
+        self.waiting = None
 
 
 def prefix_of(db: PromptDB, node: bytes) -> tuple[NodeRecord, bytes]:
