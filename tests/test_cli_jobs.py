@@ -765,7 +765,7 @@ def test_a_forecast_knows_the_limits_of_engines(db):
             limits = BatchLimits.for_device(torch.device(name))
             window = _Window(engine, [], True, True, limits, None)
             for way in ("packed", "batched", "single"):
-                assert usual_limits(name, size, way) == window._pass_limits(way)
+                assert usual_limits(name, size, way) == window.pass_limits(way)
 
 
 def test_sizes_that_nobody_knows():

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 
 from promptdb import Engine, PromptDB
 from promptdb.activations import Series
+from promptdb.demo_models import random_model
 from promptdb.errors import (
     IdentityError,
     InputTypeError,
@@ -510,3 +512,42 @@ def test_a_dataset_gives_each_row_once_shuffled_and_resumes(store_path):
         data.set_epoch(0)
         with pytest.raises(NotRecordedError, match="any more"):
             list(data)
+
+
+def test_engines_on_one_model_in_several_threads_keep_out_of_each_others_passes(store_path):
+    model, clean = random_model("gpt2"), shared_model("gpt2")
+    lock = threading.Lock()  # around what is right, on a model that no engine has
+    steer = Intervention("steer", [Hook(N.POST_MLP, _steer, layers=0)])
+    prompts = [[start, *IDS[start : start + 40]] for start in range(6)]
+    wrong = []
+
+    def work(engine, hooks):
+        try:
+            for prompt in prompts:
+                (found,) = Recorder(engine, N.POST_MLP, layers=1).run([prompt])
+                logits = engine.get(prompt).logits
+                with lock, torch.no_grad():
+                    rows = expected(clean, prompt, N.POST_MLP, 1, hooks)
+                    right = hooked(clean)(torch.tensor([prompt]), pctx=PrecomputeContext(clean.config, hooks)).logits
+                if not close(found.tensor(N.POST_MLP, 1), rows):
+                    wrong.append("rows")
+                if not close(logits, right[0, -1]):
+                    wrong.append("logits")
+        except BaseException as error:  # noqa: BLE001 - for the main thread to see
+            wrong.append(error)
+
+    with PromptDB(store_path, chunk_tokens=8) as db:
+        options = [{}, {"intervention": steer}, {"namespace": "other"}]
+        engines = [Engine(db, model, shared_tokenizer(), **each) for each in options]
+        threads = [
+            threading.Thread(target=work, args=(engine, steer.hooks if engine.intervention else ()))
+            for engine in engines
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert wrong == []
+        for engine in engines:
+            engine.close()
+        assert db.verify() == []
