@@ -30,6 +30,7 @@ DTYPE_BYTES = {
 
 # A JSON header of many tiny values takes about 25 times its size while it is read.
 MAX_HEADER_BYTES = 4 * 1024 * 1024
+_REMEMBERED_BYTES = 4096
 MAX_RANK = 16
 
 _LENGTH = Struct("<Q")
@@ -166,19 +167,12 @@ def parse_blob(blob: bytes | bytearray | memoryview) -> dict[str, TensorView]:
     start = _LENGTH.size + header_bytes
     if header_bytes > MAX_HEADER_BYTES or start > len(view):
         raise CorruptDataError(f"a blob of {len(view)} bytes with a header of {header_bytes}")
-    try:
-        entries = json.loads(bytes(view[_LENGTH.size : start]).decode())
-    except (ValueError, RecursionError) as error:
-        raise CorruptDataError(f"the blob's header is not JSON: {error}") from error
-    if not isinstance(entries, dict):
-        raise CorruptDataError("the blob's header is not an object")
-    entries.pop("__metadata__", None)
+    header = bytes(view[_LENGTH.size : start])
+    # Spans of one length have the same header: a batch reads thousands of them.
+    entries = _parsed(header) if len(header) <= _REMEMBERED_BYTES else _parsed.__wrapped__(header)
     tensors: dict[str, TensorView] = {}
     expected = 0
-    checked = [(name, *_checked_entry(name, entry)) for name, entry in entries.items()]
-    for name, dtype, shape, begin, end in sorted(checked, key=itemgetter(3, 4)):
-        if begin != expected or end - begin != DTYPE_BYTES[dtype] * prod(shape):
-            raise CorruptDataError(f"tensor {name!r} is {dtype} {shape} at [{begin}, {end}), after {expected} bytes")
+    for name, dtype, shape, begin, end in entries:
         expected = end
         if start + end > len(view):
             raise CorruptDataError(f"tensor {name!r} ends beyond the blob")
@@ -186,6 +180,25 @@ def parse_blob(blob: bytes | bytearray | memoryview) -> dict[str, TensorView]:
     if start + expected != len(view):
         raise CorruptDataError(f"{len(view) - start - expected} bytes of the blob belong to no tensor")
     return tensors
+
+
+@lru_cache(maxsize=512)
+def _parsed(header: bytes) -> tuple[tuple[str, str, tuple[int, ...], int, int], ...]:
+    """Return name, dtype, shape and place of a header's tensors, in the order of their data, which has no gaps."""
+    try:
+        entries = json.loads(header.decode())
+    except (ValueError, RecursionError) as error:
+        raise CorruptDataError(f"the blob's header is not JSON: {error}") from error
+    if not isinstance(entries, dict):
+        raise CorruptDataError("the blob's header is not an object")
+    entries.pop("__metadata__", None)
+    expected = 0
+    checked = [(name, *_checked_entry(name, entry)) for name, entry in entries.items()]
+    for name, dtype, shape, begin, end in (found := sorted(checked, key=itemgetter(3, 4))):
+        if begin != expected or end - begin != DTYPE_BYTES[dtype] * prod(shape):
+            raise CorruptDataError(f"tensor {name!r} is {dtype} {shape} at [{begin}, {end}), after {expected} bytes")
+        expected = end
+    return tuple(found)
 
 
 def _checked_entry(name: str, entry: Any) -> tuple[str, tuple[int, ...], int, int]:

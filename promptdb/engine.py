@@ -403,7 +403,7 @@ class Engine:
     def _represent(self, result: Result, *, store: bool) -> Representation:
         assert result.logits is not None
         return Representation(
-            token_ids=tuple(unpack_tokens(result.asked.packed)),
+            token_ids=tuple(unpack_tokens(result.asked.packed).tolist()),
             logits=result.logits,
             token_logprobs=result.scores.logprobs[1:],
             greedy_ids=result.scores.greedy_ids[1:],

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import msgpack
@@ -157,7 +158,11 @@ def unpack_root(digest: bytes, data: bytes | memoryview) -> tuple[Root, dict[str
 
 def _read_root(fields: Mapping[str, Any]) -> Root:
     exact = fields["weights_id"], fields["tokenizer_id"], fields["namespace"], fields["intervention_id"]
-    return Root(*exact, fields.get("kv_codec", ""))
+    return _root(*exact, fields.get("kv_codec", ""))
+
+
+# A store has few identities and layouts, and a lookup reads many records: each is checked once.
+_root = lru_cache(maxsize=256, typed=True)(Root)
 
 
 def _root_fields(root: Root) -> dict[str, str]:
@@ -185,6 +190,14 @@ class Group:
 
 
 Layout = tuple[Group, ...]
+
+
+@lru_cache(maxsize=256, typed=True)
+def _group(slots: tuple[int, ...], kv_heads: int, head_dim: int, dtype: str) -> Group:
+    """Return a group as a record has it; raises ValueError for what cannot be."""
+    if not all(map(_is_size, (*slots, kv_heads, head_dim))) or type(dtype) is not str:
+        raise ValueError("a layout that cannot be")
+    return Group(tuple(int(slot) for slot in slots), kv_heads, head_dim, dtype)
 
 
 @dataclass(frozen=True)
@@ -264,7 +277,7 @@ class NodeRecord:
                 start=fields["start"],
                 span=fields["tokens"],
                 layout=tuple(
-                    Group(tuple(slots), kv_heads, head_dim, dtype)
+                    _group(tuple(slots), kv_heads, head_dim, dtype)
                     for slots, kv_heads, head_dim, dtype in fields["layout"]
                 ),
                 blobs={kind: BlobEntry(size, digest) for kind, (size, digest) in fields["blobs"].items()},
@@ -288,10 +301,6 @@ class NodeRecord:
             and type(self.span) is bytes
             and len(self.span) > 0
             and len(self.span) % TOKEN_BYTES == 0
-            and all(
-                all(map(_is_size, (*group.slots, group.kv_heads, group.head_dim))) and type(group.dtype) is str
-                for group in self.layout
-            )
             and all(
                 type(kind) is str
                 and _is_size(blob.size_bytes)

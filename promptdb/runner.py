@@ -177,7 +177,7 @@ class Runner:
 
     def check_prompt(self, packed: bytes) -> None:
         """Raise if a prompt, as packed tokens, is too long, or has IDs outside the vocabulary."""
-        count, largest = num_tokens(packed), max(unpack_tokens(packed))
+        count, largest = num_tokens(packed), max(unpack_tokens(packed).tolist())  # a list is several times faster
         if self.max_tokens is not None and count > self.max_tokens:
             raise PromptTooLongError(
                 f"the prompt has {count} tokens; this {self.model_type} computes {self.max_tokens} positions exactly",
