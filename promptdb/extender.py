@@ -95,14 +95,18 @@ class Extender:
         ----------
         use_held : without it, what is held does not count, and everything queued is waited for.
         """
+        queue = self.storer.queue
+        done_before = queue.num_done
         match = self._match(root, packed)
         held, total = self._held_tokens(root, packed) if use_held else 0, num_tokens(packed)
         # A part of what is held lacks its logits, which may be on their way to the store.
         is_part = held == total and self.held is not None and self.held.packed != packed
         is_wanted = not match.is_complete and (held <= match.num_tokens or is_part)
-        queue = self.storer.queue
-        if is_wanted and queue.wait_for(root, packed, match.num_tokens, has_logits=match.has_logits):
-            match = self._match(root, packed)
+        if is_wanted:
+            has_waited = queue.wait_for(root, packed, match.num_tokens, has_logits=match.has_logits)
+            # What was committed between the look and the question is in neither.
+            if has_waited or queue.num_done != done_before:
+                match = self._match(root, packed)
         return self._strictly(match) if self._strict and not match.is_damaged else match
 
     def pull(self, root: Root, prompts: Sequence[Prompt]) -> bool:

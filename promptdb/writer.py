@@ -52,6 +52,7 @@ class WriteBehind:
         self._commit = commit
         self._jobs: deque[_Job] = deque()
         self._pending_bytes = 0
+        self.num_done = 0  # commits that have left the queue: what was looked up before one may lack it
         self._condition = threading.Condition()
         self._thread: threading.Thread | None = None
         self._failures: list[Exception] = []
@@ -193,6 +194,7 @@ class WriteBehind:
             # Jobs leave the queue only now: until then, lookups know to wait for them.
             for _ in range(num_jobs):
                 self._pending_bytes -= self._jobs.popleft().size_bytes
+            self.num_done += num_jobs
             if error is not None:
                 self._failures.append(error)
             self._condition.notify_all()

@@ -22,7 +22,7 @@ from pathlib import Path
 from promptdb import PromptDB
 from promptdb.blobs import TensorSpec, build_blob
 from promptdb.commits import SpanPayload
-from promptdb.errors import PromptDBError, QuotaExceededError
+from promptdb.errors import CorruptDataError, PromptDBError, QuotaExceededError
 from promptdb.format import META, STORE_KEY, TABLES
 from promptdb.keys import Root, pack_tokens, prefix_digests, unpack_tokens
 from promptdb.pages import check_pages
@@ -72,7 +72,9 @@ def check_content(db, tokens, *, largest=2000):
         match = snapshot.match(ROOT, packed)
         for step in match.steps:
             record = snapshot.record(step.node)
-            tensors = snapshot.blob(step.node, record, "x")
+            tensors = None if record is None else snapshot.blob(step.node, record, "x")
+            if tensors is None:
+                raise CorruptDataError("the index names what is not there")
             begin, end = 4 * record.start, 4 * (step.start + step.num_tokens)
             assert bytes(tensors["tokens"].data)[: end - begin] == packed[begin:end], "another prompt's tokens"
             if record.end * 4 <= len(packed) and record.span == packed[begin : 4 * record.end]:
@@ -81,7 +83,10 @@ def check_content(db, tokens, *, largest=2000):
                 )
         if match.has_logits:
             (end,) = prefix_digests(ROOT.digest, packed, [match.num_tokens])
-            assert bytes(snapshot.logits(end).data)[:4] == packed[-4:], "another prompt's logits"
+            logits = snapshot.logits(end)
+            if logits is None:
+                raise CorruptDataError("logits that were found are not there")
+            assert bytes(logits.data)[:4] == packed[-4:], "another prompt's logits"
     return match.num_tokens
 
 

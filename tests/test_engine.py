@@ -384,6 +384,31 @@ class TestThreads:
         assert engine.db.verify() == []
 
 
+def test_what_is_committed_between_the_look_and_the_question_is_found(db, tokenizer, monkeypatch):
+    with Engine(db, shared_model("llama"), tokenizer) as engine:
+        extender = engine._extender
+        engine.get([1, 2, 3, 4])
+        extender.held = None
+        find = extender._match
+
+        def find_before(root, packed):
+            found = find(root, packed)
+            extender.storer.queue.flush()
+            return found
+
+        ids = list(range(40, 80))
+        representation = engine.get(ids, store=False)
+        monkeypatch.setattr(extender, "_match", find_before)
+        commit = threading.Event()
+        monkeypatch.setattr(extender.storer.queue, "_commit", lambda jobs: (commit.wait(10), db.put_many(jobs)))
+        engine.get(ids)
+        extender.held = None
+        threading.Timer(0.05, commit.set).start()
+        again = engine.get(ids)  # looked up before the commit, asked after it
+        assert again.tokens_computed == 0
+        torch.testing.assert_close(again.logits, representation.logits, rtol=0, atol=1e-5)
+
+
 class TestDamage:
     @pytest.mark.parametrize("kind", ["kv", "lp"])
     def test_a_damaged_blob_is_a_miss_is_logged_and_heals(self, db, tokenizer, store_path, kind, caplog):

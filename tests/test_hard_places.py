@@ -19,7 +19,6 @@ PRELUDE = f"""
 import os, resource, signal, sys
 sys.path.insert(0, {str(TESTS)!r})
 from endurance import CHUNK, check_content, put
-import promptdb.index  # now: a user without rights may not be able to read it
 from promptdb import PromptDB
 from promptdb.errors import ReadOnlyStoreError, StoreError, StoreFullError
 path = sys.argv[1]
@@ -94,7 +93,12 @@ def test_a_limit_on_the_address_space(store_path):
     check_all(store_path, int(count))
 
 
+# What is imported when it is used first is imported before: such a user may not be able to read it.
 AS_NOBODY = """
+        import tempfile
+        with tempfile.TemporaryDirectory() as directory, PromptDB(directory + "/store") as db:
+            put(db, range(5))
+            db.verify()
         if os.geteuid() == 0:
             os.setgroups([])
             os.setgid(65534)
