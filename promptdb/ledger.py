@@ -68,7 +68,7 @@ class Ledger:
 
     Parameters
     ----------
-    writer : the transaction. A store that was not written since format version 1 gets its accounting now.
+    writer : the transaction. If the totals of the store are gone, its accounting is made again.
     now : seconds since 1970.
     free_bytes : returns what is free on the disk.
 
