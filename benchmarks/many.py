@@ -1,7 +1,7 @@
 """A store of a million small spans: what do opening, a full check, collecting and compacting take, in time and memory?
 
-Each is a process of its own, which ends with its peak of resident memory. Pages of the memory map that were read count
-there, as long as nobody else needs the memory: ``anonymous_mib`` is what it cannot do without.
+Each is a process of its own. ``resident_mib`` is its peak of resident memory, and counts pages of the memory map that
+were read, as long as nobody else needs the memory; ``anonymous_mib`` is the peak of what it cannot do without.
 
     python benchmarks/many.py                  # minutes, and 4 GB of disk
     python benchmarks/many.py --nodes 10000
@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -40,6 +41,11 @@ def peak_mib() -> float:
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) / 1024
     return 0.0
+
+
+def _watch(seen: list[float], done: threading.Event) -> None:
+    while not done.wait(0.05):
+        seen.append(anonymous_mib())
 
 
 def _open(path: Path) -> int:
@@ -102,11 +108,16 @@ def main() -> None:
     parser.add_argument("--path", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.work:
-        before = anonymous_mib()
+        seen = [anonymous_mib()]
+        done = threading.Event()
+        watcher = threading.Thread(target=_watch, args=(seen, done))
+        watcher.start()
         began = time.perf_counter()
         result = WORK[arguments.work](arguments.path)
         seconds = time.perf_counter() - began
-        print(json.dumps({"seconds": seconds, "peak_mib": peak_mib(), "start_mib": before, "result": result}))
+        done.set()
+        watcher.join()
+        print(json.dumps({"seconds": seconds, "resident": peak_mib(), "anonymous": max(seen), "result": result}))
         return
     directory = Path(tempfile.mkdtemp(dir=arguments.directory))
     rows = []
@@ -125,8 +136,8 @@ def main() -> None:
                     "work": name,
                     "seconds": round(found["seconds"], 3),
                     "us_per_node": round(found["seconds"] / arguments.nodes * 1e6, 2),
-                    "peak_mib": round(found["peak_mib"]),
-                    "start_mib": round(found["start_mib"]),
+                    "resident_mib": round(found["resident"]),
+                    "anonymous_mib": round(found["anonymous"]),
                 }
             )
             print(rows[-1], flush=True)

@@ -4,10 +4,11 @@ Prompts of one to four spans are put whose blobs have 16 KiB to 8 MiB, all sizes
 until ten times the quota was written; a third of them stand on one of 16 shared spans. Then, with the store full and a
 writer busy, another process looks prompts up and reads their blobs.
 
-A round is one quota of bytes. The first one fills the store; the second is the first that evicts.
+A round is one quota of bytes. The first one fills the store; the second is the first that evicts. A bare LMDB that
+takes values of such sizes, and forgets one at random when it is full, is measured beside it.
 
-    python benchmarks/quota.py                       # 256 MB; minutes and about 0.4 GB of disk
-    python benchmarks/quota.py --quota-mb 4000
+    python benchmarks/quota.py                       # minutes, and 5 GB of disk
+    python benchmarks/quota.py --quota-mb 256
 """
 
 from __future__ import annotations
@@ -21,8 +22,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
+import lmdb
 from common import median, percentile, report
 
 from promptdb.blobs import TensorSpec, build_blob
@@ -99,19 +103,18 @@ def read_for(path: Path, seconds: float) -> None:
             print(looked_up - begin, time.perf_counter() - looked_up, size)
 
 
-def reader_times(path: Path, seconds: float) -> tuple[subprocess.Popen[str], Path]:
-    """Start a process that reads for a time."""
+def reader(path: Path, seconds: float) -> subprocess.Popen[str]:
+    """Start a process that reads for a time, and return when it begins to."""
     command = [sys.executable, __file__, "--read", str(path), "--seconds", str(seconds)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
-    return process, path
+    return process
 
 
-def summary(process: subprocess.Popen[str]) -> dict[str, float]:
-    """Return what the readers' lines say, in microseconds and MB/s."""
-    lines = [[float(word) for word in line.split()] for line in process.communicate()[0].splitlines()]
-    assert process.returncode == 0
+def summary(output: str) -> dict[str, float]:
+    """Return what a reader's lines say, in microseconds and MB/s."""
+    lines = [[float(word) for word in line.split()] for line in output.splitlines()]
     lookups, reads, sizes = zip(*lines, strict=True)
     return {
         "reads": len(lines),
@@ -123,9 +126,85 @@ def summary(process: subprocess.Popen[str]) -> dict[str, float]:
     }
 
 
+def plain_loop(directory: Path, quota: int, rounds: int, source: random.Random) -> dict[str, float]:
+    """Return how a bare LMDB does: values of the same sizes, one a transaction, a random one out when it is full."""
+    env = lmdb.open(str(directory / "plain"), map_size=quota * 4)
+    sizes: dict[bytes, int] = {}
+    total = number = 0
+    speeds = []
+    for _ in range(rounds):
+        begin, written = time.perf_counter(), 0
+        while written < quota:
+            size = int(math.exp(source.uniform(math.log(SMALLEST), math.log(LARGEST))))
+            key, number = number.to_bytes(8, "big"), number + 1
+            with env.begin(write=True) as txn:
+                while total + size > quota:
+                    victim = source.choice(list(sizes))
+                    txn.delete(victim)
+                    total -= sizes.pop(victim)
+                txn.put(key, memoryview(NOISE)[:size])
+            sizes[key] = size
+            total += size
+            written += size
+        speeds.append(written / (time.perf_counter() - begin) / 1e6)
+    env.close()
+    return {
+        "file": round((directory / "plain" / "data.mdb").stat().st_size / quota, 3),
+        "mb_s": round(median(speeds[1:]), 1),
+    }
+
+
+def measure(path: Path, quota: int, arguments: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Return what each round was like, and what holds at the end."""
+    source = random.Random(7)
+    rows = []
+    with PromptDB(path, quota_bytes=quota, policy=arguments.policy, chunk_tokens=SPAN_TOKENS) as db:
+        stream = prompts(source)
+        for number in range(arguments.rounds):
+            begin, written, puts, slowest = time.perf_counter(), 0, 0, 0.0
+            while written < quota:
+                began = time.perf_counter()
+                written += put(db, next(stream), source).num_bytes
+                slowest = max(slowest, time.perf_counter() - began)
+                puts += 1
+            seconds = time.perf_counter() - begin
+            stat = db.stat()
+            assert stat["charged_bytes"] <= quota
+            rows.append(
+                {
+                    "quota_mb": quota // 10**6,
+                    "round": number + 1,
+                    "mb_s": round(written / seconds / 1e6, 1),
+                    "puts": puts,
+                    "slowest_put_ms": round(slowest * 1e3),
+                    "charged": round(stat["charged_bytes"] / quota, 3),
+                    "file": round(stat["file_bytes"] / quota, 3),
+                    "spans": stat["num_nodes"],
+                    "evicted": stat["num_evicted"],
+                }
+            )
+        readers = {}
+        for name in ("idle", "busy"):
+            process = reader(path, arguments.seconds)
+            with ThreadPoolExecutor(1) as pool:  # what takes the lines while the writer writes
+                output = pool.submit(process.communicate)
+                while name == "busy" and not output.done():
+                    put(db, next(stream), source)
+                lines = output.result()[0]
+            assert process.returncode == 0
+            readers[name] = summary(lines)
+        final = round(db.stat()["file_bytes"] / quota, 3)
+        assert db.verify() == []
+    return rows, {
+        "file_of_quota": final,
+        "last_round_of_second": round(rows[-1]["mb_s"] / rows[1]["mb_s"], 2),
+        "readers": readers,
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quota-mb", type=int, default=256)
+    parser.add_argument("--quota-mb", type=int, nargs="+", default=[256, 1000, 4000])
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--policy", default="cost")
     parser.add_argument("--directory", type=Path, help="where to make the store; by default the temporary directory")
@@ -135,63 +214,26 @@ def main() -> None:
     if arguments.read:
         read_for(arguments.read, arguments.seconds)
         return
-    quota = arguments.quota_mb * 10**6
-    source = random.Random(7)
-    directory = Path(tempfile.mkdtemp(dir=arguments.directory))
-    path = directory / "store"
-    rows = []
-    try:
-        with PromptDB(path, quota_bytes=quota, policy=arguments.policy, chunk_tokens=SPAN_TOKENS) as db:
-            stream = prompts(source)
-            for number in range(arguments.rounds):
-                begin, written, puts, slowest = time.perf_counter(), 0, 0, 0.0
-                while written < quota:
-                    began = time.perf_counter()
-                    written += put(db, next(stream), source).num_bytes
-                    slowest = max(slowest, time.perf_counter() - began)
-                    puts += 1
-                seconds = time.perf_counter() - begin
-                stat = db.stat()
-                assert stat["charged_bytes"] <= quota
-                rows.append(
-                    {
-                        "round": number + 1,
-                        "mb_s": round(written / seconds / 1e6, 1),
-                        "puts": puts,
-                        "slowest_put_ms": round(slowest * 1e3),
-                        "charged": round(stat["charged_bytes"] / quota, 3),
-                        "file": round(stat["file_bytes"] / quota, 3),
-                        "spans": stat["num_nodes"],
-                        "evicted": stat["num_evicted"],
-                    }
-                )
-            readers = {}
-            for name in ("idle", "busy"):
-                process, _ = reader_times(path, arguments.seconds)
-                while process.poll() is None:
-                    if name == "busy":
-                        put(db, next(stream), source)
-                    else:
-                        time.sleep(0.05)
-                    if process.stdout is not None and process.poll() is None and name == "idle":
-                        break
-                readers[name] = summary(process)
-            final = db.stat()["file_bytes"] / quota
-            assert db.verify() == []
-    finally:
-        shutil.rmtree(directory)
-    speed = rows[-1]["mb_s"] / rows[1]["mb_s"]
+    rows: list[dict[str, Any]] = []
+    found = {}
+    for quota_mb in arguments.quota_mb:
+        directory = Path(tempfile.mkdtemp(dir=arguments.directory))
+        try:
+            rounds, end = measure(directory / "store", quota_mb * 10**6, arguments)
+            end["plain_lmdb"] = plain_loop(directory, quota_mb * 10**6, arguments.rounds, random.Random(7))
+        finally:
+            shutil.rmtree(directory)
+        end["met"] = end["file_of_quota"] <= TARGET_FILE and end["last_round_of_second"] >= TARGET_SPEED
+        rows += rounds
+        found[quota_mb] = end
+        print(quota_mb, end, flush=True)
     report(
         "quota",
         rows,
-        quota_mb=arguments.quota_mb,
         policy=arguments.policy,
         blob_bytes=[SMALLEST, LARGEST],
-        readers=readers,
-        file_of_quota=round(final, 3),
-        last_round_of_second=round(speed, 2),
         target=f"file <= {TARGET_FILE}x the quota, last round >= {TARGET_SPEED}x the first full one",
-        met=bool(final <= TARGET_FILE and speed >= TARGET_SPEED),
+        by_quota_mb=found,
     )
 
 
