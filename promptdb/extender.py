@@ -26,7 +26,7 @@ from promptdb.shared import connect
 from promptdb.snapshot import Match
 from promptdb.storer import Storer
 from promptdb.tokens import Prompt
-from promptdb.trie import cut
+from promptdb.trie import KnownSpans, cut
 from promptdb.version import __version__
 
 if TYPE_CHECKING:
@@ -134,7 +134,8 @@ class Extender:
         """Find what is stored of many prompts at one moment. Does not wait for what is being written."""
         try:
             with self.db.read() as snapshot:
-                return [snapshot.match(root, packed) for packed in prompts]
+                known: KnownSpans = {}
+                return [snapshot.match(root, packed, known) for packed in prompts]
         except CorruptDataError as error:
             # Only the whole store can be put right, which is not a lookup's business.
             warn("index_damaged", f"the index is damaged, so nothing is found and nothing stored: {error}")

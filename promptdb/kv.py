@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from promptdb.blobs import TensorSpec, TensorView, build_blob, parse_blob, plan_blob
-from promptdb.buffers import POOL
+from promptdb.buffers import POOL, Slab
 from promptdb.cache import DTYPE_NAMES, TORCH_DTYPES, PromptCache, layout_of, pooled_empty
 from promptdb.errors import CorruptDataError, NonFiniteError
 from promptdb.format import KV_BLOB, LOGPROBS_BLOB, Layout
@@ -20,6 +20,7 @@ from promptdb.staging import copy_to_device
 
 if TYPE_CHECKING:
     from promptdb.snapshot import Match, Snapshot
+    from promptdb.trie import Step
 
 with warnings.catch_warnings():
     # torch says once per process that views of read-only memory must not be written; views of the memory map never are.
@@ -41,12 +42,13 @@ def tensor_of(view: TensorView) -> torch.Tensor:
     return torch.frombuffer(view.data, dtype=dtype).view(view.shape)
 
 
-def copy_of(view: TensorView) -> torch.Tensor:
-    """Return a tensor of its own with a view's content: for small ones, where waking torch's threads costs more."""
+def copy_of(view: TensorView, slab: Slab | None = None) -> torch.Tensor:
+    """Return a copy of a tensor, for small ones, where waking torch's threads costs more; of many, from a slab."""
     dtype = TORCH_DTYPES.get(view.dtype)
     if dtype is None or not len(view.data):
         return tensor_of(view).clone()
-    return torch.frombuffer(bytearray(view.data), dtype=dtype).view(view.shape)
+    data = bytearray(view.data) if slab is None else slab.copy(view.data)
+    return torch.frombuffer(data, dtype=dtype).view(view.shape)
 
 
 def bytes_of(tensor: torch.Tensor) -> bytes:
@@ -256,41 +258,69 @@ def _checked(tensors: Mapping[str, TensorView], specs: Sequence[TensorSpec]) -> 
     return found
 
 
-def load_scores(
-    snapshot: Snapshot, match: Match, num_tokens: int, known: dict[bytes, ScoreBytes] | None = None
-) -> TokenScores | None:
-    """Return the scores of the first ``num_tokens`` tokens of a match.
+class ScoreReader:
+    """Reads scores of matches from one snapshot: of what several share, each span is read and joined once.
 
-    Parameters
-    ----------
-    known : what was read of spans before, by node, from the same snapshot; filled.
-
-    Returns None, and raises, as :func:`load_cache` does.
+    Not thread safe. Lives as long as the snapshot, and grows with what it has read.
     """
-    logprobs, greedy_ids = bytearray(), bytearray()
-    for step in match.steps:
-        used = min(step.num_tokens, num_tokens - step.start)
-        if used <= 0:
-            break
-        found = known.get(step.node) if known is not None else None
-        try:
+
+    def __init__(self, snapshot: Snapshot) -> None:
+        self._snapshot = snapshot
+        self._spans: dict[bytes, ScoreBytes] = {}
+        # What comes before the last step of a match, by the step before that: its node tells of all before it.
+        self._paths: dict[tuple[bytes, int], tuple[bytearray, bytearray]] = {}
+
+    def read(self, match: Match, num_tokens: int) -> TokenScores | None:
+        """Return the scores of the first ``num_tokens`` tokens of a match.
+
+        Returns None, and raises, as :func:`load_cache` does.
+        """
+        steps = match.steps
+        if not steps or num_tokens <= 0:
+            return TokenScores.unknown(0)
+        is_whole = num_tokens > steps[-1].start
+        before = (steps[-2].node, steps[-2].num_tokens) if is_whole and len(steps) > 1 else None
+        known = self._paths.get(before) if before is not None else None
+        if known is not None:
+            logprobs, greedy_ids = bytearray(known[0]), bytearray(known[1])
+            steps = steps[-1:]
+        else:
+            logprobs, greedy_ids = bytearray(), bytearray()
+        for step in steps:
+            used = min(step.num_tokens, num_tokens - step.start)
+            if used <= 0:
+                break
+            if before is not None and known is None and step is steps[-1]:
+                self._paths[before] = bytearray(logprobs), bytearray(greedy_ids)
+            found = self._span(step)
             if found is None:
-                record = snapshot.record(step.node)
-                tensors = snapshot.blob(step.node, record, LOGPROBS_BLOB) if record is not None else None
-                if tensors is None:
-                    return None
-                found = _scores_of(tensors, step.span_tokens)
+                return None
+            logprobs += found[0][: 4 * used]
+            greedy_ids += found[1][: 4 * used]
+        # Bytes are joined, not tensors: a batch reads thousands of short spans.
+        return TokenScores(
+            torch.frombuffer(logprobs, dtype=torch.float32), torch.frombuffer(greedy_ids, dtype=torch.int32)
+        )
+
+    def _span(self, step: Step) -> ScoreBytes | None:
+        found = self._spans.get(step.node)
+        if found is not None:
+            return found
+        try:
+            record = self._snapshot.record(step.node)
+            tensors = self._snapshot.blob(step.node, record, LOGPROBS_BLOB) if record is not None else None
+            if tensors is None:
+                return None
+            found = self._spans[step.node] = _scores_of(tensors, step.span_tokens)
         except CorruptDataError as error:
             error.node = step.node
             raise
-        if known is not None:
-            known[step.node] = found
-        logprobs += found[0][: 4 * used]
-        greedy_ids += found[1][: 4 * used]
-    if not logprobs:
-        return TokenScores.unknown(0)
-    # Bytes are joined, not tensors: a batch reads thousands of short spans.
-    return TokenScores(torch.frombuffer(logprobs, dtype=torch.float32), torch.frombuffer(greedy_ids, dtype=torch.int32))
+        return found
+
+
+def load_scores(snapshot: Snapshot, match: Match, num_tokens: int) -> TokenScores | None:
+    """Return the scores of the first ``num_tokens`` tokens of a match; see :meth:`ScoreReader.read`."""
+    return ScoreReader(snapshot).read(match, num_tokens)
 
 
 def _scores_of(tensors: Mapping[str, TensorView], num_tokens: int) -> ScoreBytes:

@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from promptdb.buffers import POOL, Slab
 from promptdb.cache import PromptCache
 from promptdb.cost import CostModel
 from promptdb.errors import CorruptDataError
 from promptdb.events import warn
 from promptdb.format import Layout
 from promptdb.keys import prefix_digests
-from promptdb.kv import ScoreBytes, copy_of, load_cache, load_scores, span_copies, stored_layout
+from promptdb.kv import ScoreReader, copy_of, load_cache, load_scores, span_copies, stored_layout
 from promptdb.scores import TokenScores
 from promptdb.served import Served
 from promptdb.snapshot import Match
@@ -92,17 +93,18 @@ class Loader:
         """
         found: list[tuple[TokenScores, torch.Tensor | None] | None] = []
         damaged: list[tuple[Match, CorruptDataError]] = []
-        known: dict[bytes, ScoreBytes] = {}
+        slab = Slab(POOL)
         with self._db.read() as snapshot:
+            reader = ScoreReader(snapshot)
             for match in matches:
                 try:
-                    scores = load_scores(snapshot, match, match.num_tokens, known)
+                    scores = reader.read(match, match.num_tokens)
                     view, is_wanted = None, want_logits and match.is_complete
                     if is_wanted:
                         (end,) = prefix_digests(match.root.digest, match.packed, [match.num_tokens])
                         view = snapshot.logits(end)
                     is_gone = scores is None or (is_wanted and view is None)
-                    logits = None if view is None else copy_of(view).to(device)
+                    logits = None if view is None else copy_of(view, slab).to(device)
                     found.append(None if is_gone or scores is None else (scores, logits))
                 except CorruptDataError as error:
                     damaged.append((match, error))

@@ -11,6 +11,7 @@ from importlib.metadata import version
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
@@ -22,7 +23,7 @@ from promptdb.errors import (
     TrainModeError,
     UnsupportedModelError,
 )
-from promptdb.keys import num_tokens, unpack_tokens
+from promptdb.keys import num_tokens
 from promptdb.masks import Masks
 from promptdb.scores import TokenScores
 
@@ -177,7 +178,7 @@ class Runner:
 
     def check_prompt(self, packed: bytes) -> None:
         """Raise if a prompt, as packed tokens, is too long, or has IDs outside the vocabulary."""
-        count, largest = num_tokens(packed), max(unpack_tokens(packed).tolist())  # a list is several times faster
+        count, largest = num_tokens(packed), int(np.frombuffer(packed, dtype="<u4").max())
         if self.max_tokens is not None and count > self.max_tokens:
             raise PromptTooLongError(
                 f"the prompt has {count} tokens; this {self.model_type} computes {self.max_tokens} positions exactly",

@@ -15,7 +15,7 @@ from promptdb.keys import DIGEST_BYTES, TOKEN_BYTES, PrefixHasher, Root, node_id
 from promptdb.life import is_alive
 from promptdb.packing import unpack
 from promptdb.tables import Reader
-from promptdb.trie import Step, Walk, match
+from promptdb.trie import KnownSpans, Step, Walk, match
 
 VERIFY_MODES = ("always", "once", "never")
 
@@ -95,9 +95,9 @@ class Snapshot:
         self._accesses = accesses
         self._clock = clock
 
-    def match(self, root: Root, packed: bytes) -> Match:
+    def match(self, root: Root, packed: bytes, known: KnownSpans | None = None) -> Match:
         """Find the longest stored prefix of a prompt that has not expired; see :func:`promptdb.trie.match`."""
-        walk = match(self.reader, root.digest, packed)
+        walk = match(self.reader, root.digest, packed, known=known)
         if not walk.steps:
             return Match(root, packed, (), 0, has_logits=False)
         now, reader = self._clock(), self.reader

@@ -209,6 +209,6 @@ def as_prompt(prompt: Any, encoder: Encoder) -> Prompt:
         raise EmptyPromptError("the prompt is empty", "give at least one token")
     if all(isinstance(piece, str) for piece in prompt):
         return encoder.encode(prompt)
-    if list(map(type, prompt)).count(bool):
+    if bool in set(map(type, prompt)):
         raise InputTypeError("token IDs must be integers, not booleans", "is this an attention mask?")
     return Prompt(pack_tokens(prompt))

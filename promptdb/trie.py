@@ -53,7 +53,11 @@ def _read_child(value: memoryview) -> tuple[bytes, bytes]:
     return content[:DIGEST_BYTES], content[DIGEST_BYTES:]
 
 
-def match(reader: Reader, root_digest: bytes, packed: bytes, start: int = 0) -> Walk:
+# Spans that the child index named, by their key in it: (node, packed tokens), found to belong together.
+KnownSpans = dict[bytes, tuple[bytes, bytes]]
+
+
+def match(reader: Reader, root_digest: bytes, packed: bytes, start: int = 0, known: KnownSpans | None = None) -> Walk:
     """Find the longest stored prefix of a prompt, given that ``[0, start)`` is covered. Never writes.
 
     Parameters
@@ -62,6 +66,7 @@ def match(reader: Reader, root_digest: bytes, packed: bytes, start: int = 0) -> 
     root_digest : identity that the representations must have been computed with, 32 bytes.
     packed : the prompt's n packed tokens.
     start : where to begin; the steps then tile ``[start, num_tokens)``.
+    known : what other prompts have met in the same snapshot; filled.
 
     Returns
     -------
@@ -88,15 +93,21 @@ def match(reader: Reader, root_digest: bytes, packed: bytes, start: int = 0) -> 
         if position == total:
             break
         at = position * TOKEN_BYTES
-        value = get(CHILDREN, child_key(digest, packed[at : at + TOKEN_BYTES]))
-        if value is None:
-            break
-        node, span = _read_child(value)
+        key = child_key(digest, packed[at : at + TOKEN_BYTES])
+        found = known.get(key) if known is not None else None
+        if found is None:
+            value = get(CHILDREN, key)
+            if value is None:
+                break
+            found = _read_child(value)
+            if found[1][:TOKEN_BYTES] != packed[at : at + TOKEN_BYTES] or found[0] != node_id(digest, found[1]):
+                raise CorruptDataError(f"the child index has another span's entry at token {position}", _REPAIR)
+            if known is not None:
+                known[key] = found
+        node, span = found
         span_tokens = shared = num_tokens(span)
         if not packed.startswith(span, at):
             shared = common_prefix(span, packed[at : at + len(span)])
-        if shared == 0 or node != node_id(digest, span):
-            raise CorruptDataError(f"the child index has another span's entry at token {position}", _REPAIR)
         steps.append(Step(node, position, shared, span_tokens))
         position += shared
     return Walk(tuple(steps), position, digest)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import pickle
 import shutil
@@ -12,9 +13,11 @@ import time
 import pytest
 import torch
 from conftest import TEXT, shared_model, shared_tokenizer
+from hypothesis import given
+from hypothesis import strategies as st
 
 from promptdb import Engine
-from promptdb.buffers import BufferPool
+from promptdb.buffers import BufferPool, Slab
 from promptdb.demo_models import random_model
 from promptdb.errors import IdentityError, InputTypeError, ModelError, StoreError, TrainModeError, UnsupportedModelError
 
@@ -71,6 +74,41 @@ class TestFork:
             release.set()
             engine.close()
             del db._index.transact
+
+
+class TestSlab:
+    @given(
+        sizes=st.lists(st.integers(0, 300), max_size=40),
+        lease_bytes=st.integers(1, 512),
+        kept=st.lists(st.booleans(), min_size=40),
+    )
+    def test_copies_are_apart_and_outlive_the_slab(self, sizes, lease_bytes, kept):
+        pool = BufferPool()
+        slab, copies = Slab(pool, lease_bytes), []
+        for number, (size, keep) in enumerate(zip(sizes, kept, strict=False)):
+            copied = slab.copy(memoryview(bytes([number]) * size))
+            if keep:
+                copies.append((number, size, copied))
+        del slab, copied
+        pool.lease(lease_bytes)[:] = b"\xff" * lease_bytes  # who comes next writes over what is free
+        for number, size, copied in copies:
+            assert bytes(copied) == bytes([number]) * size
+            copied[:] = b"\xee" * size  # and what one changes, no other sees
+
+    def test_results_of_a_batch_share_no_memory(self, db):
+        engine = Engine(db, shared_model("llama"), shared_tokenizer())
+        prompts = ["one", "one two", "three", "four"]
+        first = [each.logits.clone() for each in engine.run(prompts)]
+        engine.flush()
+        again = list(engine.run(prompts))
+        assert not sum(each.tokens_computed for each in again)
+        again[1].logits.fill_(7)
+        del again[0]
+        gc.collect()
+        later = list(engine.run(prompts))
+        assert torch.equal(again[0].logits, torch.full_like(first[1], 7))
+        for got, expected in zip([*again[1:], *later], [*first[2:], *first], strict=True):
+            assert torch.equal(got.logits, expected)
 
 
 class TestCheckpoints:
