@@ -85,7 +85,7 @@ class Slab:
 
     def __init__(self, pool: BufferPool, lease_bytes: int = 4 << 20) -> None:
         self._pool, self._lease_bytes = pool, lease_bytes
-        self._rest = memoryview(b"")
+        self._rest = memoryview(bytearray())
 
     def copy(self, data: memoryview) -> memoryview:
         """Return a writable copy of bytes."""
