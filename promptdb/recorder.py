@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from promptdb.keys import Root
     from promptdb.snapshot import Match, Snapshot
     from promptdb.tokens import Prompt
+    from promptdb.trie import Step
 
 __all__ = ["Recorder", "Recording"]
 
@@ -37,6 +38,7 @@ _ATTEMPTS = 3
 # What one transaction holds at most, unless one prompt has more.
 _GROUP_BYTES = 32 << 20
 _PASS_TOKENS = 2048
+_WIDE_PASS_TOKENS = 256  # where each token has a row as long as the text before it, in each head
 # To run so many tokens that nobody asked for is cheaper than to load the past for another pass.
 _GAP_TOKENS = 64
 
@@ -98,15 +100,15 @@ class Recorder:
     InputTypeError
         No such point or layer.
     UnsupportedModelError
-        A point that the model does not have, or whose rows are as long as the text before them (scores and
-        probabilities), or the loss; and engines that are strict.
+        A point that the model does not have, or the loss; and engines that are strict.
     ReadOnlyStoreError
         The store cannot be written.
 
     Notes
     -----
     Thread safe: one recording at a time, like the engine's computations. A prompt whose keys and values are stored is
-    not run again: only spans that lack a row are, on top of the stored past, up to the deepest layer wanted.
+    not run again: only spans that lack a row are, on top of the stored past, up to the deepest layer wanted. Scores and
+    probabilities have a pass of their own, with eager attention: keys and values are those of the model's own.
     """
 
     def __init__(
@@ -137,7 +139,6 @@ class Recorder:
         self.points = tuple(dict.fromkeys(self._resolve(names, layers)))
         if not self.points:
             raise InputTypeError("nothing to record", "give at least one point and one layer")
-        self._last_layer = self._deepest()
 
     def _resolve(self, names: Sequence[str], layers: int | Iterable[int] | None) -> Iterator[Where]:
         asked = list(layers) if isinstance(layers, Iterable) else layers
@@ -146,25 +147,11 @@ class Recorder:
             point = POINTS.get(canonical)
             if canonical == N.UNREDUCED_LOSS:
                 raise UnsupportedModelError(f"{canonical} is not recorded", "token_logprobs are the same, negated")
-            if point is not None and point.is_pairwise:
-                raise UnsupportedModelError(
-                    f"{canonical} is not recorded: a token's row is as long as the text before it",
-                    "read it with a hook",
-                )
             hook = Hook(asked_name, lambda x, pctx: None)
             if point is not None and point.by_layer and hook.layers is None:
                 hook = Hook(asked_name, hook.fn, layers=asked)
             for name, layer in Binding(self.engine.model, [hook]).hooks:
                 yield name, layer if name in POINTS else None
-
-    def _deepest(self) -> int | None:
-        """Return the last layer that has to be run, or None if all of the model has."""
-        layers = []
-        for name, layer in self.points:
-            if name not in _EARLY and layer is None:
-                return None
-            layers.append(layer or 0)
-        return max(layers)
 
     def run(self, prompts: Iterable[Any]) -> list[Recording]:
         """Make sure that all points of all prompts are recorded, durably.
@@ -207,7 +194,7 @@ class Recorder:
             if match.num_tokens < total:
                 continue  # evicted, or removed: again
             missing = work.missing(match, positions)
-            computed += work.compute(match, missing, self._last_layer)
+            computed += work.compute(match, missing)
             if self.engine.root == root and work.keep(match, missing):
                 return Recording(root, asked.packed, self.points, positions, computed, self.engine.db, self._dtype)
         raise StoreError(
@@ -225,19 +212,19 @@ class _Work:
 
     def __init__(self, engine: Engine, points: Sequence[Where], dtype: str) -> None:
         self._engine, self._points, self._dtype = engine, points, dtype
-        self._collector = Collector(points)
+        self._collector = Collector()
         self._waiting: list[RecordedRows] = []
         self._waiting_bytes = 0
         self._pending: dict[tuple[bytes, Where], set[int]] = defaultdict(set)  # offsets that wait, by node
 
     @contextmanager
-    def _hooked(self, last_layer: int | None) -> Iterator[None]:
-        """Let the engine's passes be seen by the collector, after the hooks of an intervention."""
+    def _hooked(self, points: Sequence[Where], last_layer: int | None) -> Iterator[None]:
+        """Let the collector see points of the engine's passes, after the hooks of an intervention."""
         runner, intervention = self._engine._extender.runner, self._engine.intervention
         before = runner.attach
 
         def attach() -> AbstractContextManager[object]:
-            hooks = [*(intervention.hooks if intervention is not None else ()), *self._collector.hooks()]
+            hooks = [*(intervention.hooks if intervention is not None else ()), *self._collector.hooks(points)]
             pctx = PrecomputeContext(runner.model.config, hooks)
             return Attachment(runner.model, pctx, last_layer=last_layer, is_identified=True)
 
@@ -258,7 +245,8 @@ class _Work:
             return 0
         if self._engine.db.limits().quota_bytes:
             self.commit()  # spans of what waits may have to go for this prompt
-        with self._hooked(None):
+        points = [where for where in self._points if not _is_pairwise(where)]
+        with self._hooked(points, None):
             found = self._engine.get(asked)
         self._engine._extender.storer.queue.flush()
         return found.tokens_computed
@@ -275,53 +263,49 @@ class _Work:
                     while at < len(positions) and positions[at] < step.end:
                         at += 1
                     if at > begin:
-                        stored = self._stored(snapshot, step.node, where, step.span_tokens)
+                        stored = self._stored(snapshot, step, where)
                         lacking = [each for each in positions[begin:at] if each - step.start not in stored]
                         if lacking:
                             by_step[number] = lacking
         return found
 
-    def _stored(self, snapshot: Snapshot, node: bytes, where: Where, span_tokens: int) -> set[int]:
+    def _stored(self, snapshot: Snapshot, step: Step, where: Where) -> set[int]:
         """Return which tokens of a span have their row, in the store or waiting for it."""
-        offsets = set(self._pending.get((node, where), ()))
+        offsets = set(self._pending.get((step.node, where), ()))
         try:
-            entry = entry_of(snapshot, node, Series(*where, self._dtype), span_tokens)
+            entry = entry_of(snapshot, step.node, Series(*where, self._dtype), step.span_tokens, step.start)
         except CorruptDataError:
             return offsets  # written again, over what is damaged
         return offsets.union(() if entry is None else entry.tokens())
 
-    def compute(self, match: Match, missing: Missing, last_layer: int | None) -> int:
+    def compute(self, match: Match, missing: Missing) -> int:
         """Run what is missing and was not seen yet, on top of the stored past; return how many tokens were run."""
         extender = self._engine._extender
         token_ids = torch.tensor(unpack_tokens(match.packed), dtype=torch.int64, device="cpu")
         total = 0
-        for start, end in self._ranges(missing):
+        unseen = self._unseen(missing)
+        pass_tokens = _WIDE_PASS_TOKENS if any(map(_is_pairwise, unseen)) else _PASS_TOKENS
+        for start, end in _ranges(unseen):
             cache = extender.cache_of(match, start)
             if cache is None:
                 return total  # a span has gone
             extender.runner.check_mode()
             extender.runner.check_placement()
-            for first in range(start, end, _PASS_TOKENS):
-                last = min(first + _PASS_TOKENS, end)
-                with self._hooked(last_layer), _stopping():
+            for first in range(start, end, pass_tokens):
+                last = min(first + pass_tokens, end)
+                with self._hooked(list(unseen), _deepest(unseen)), _stopping():
                     extender.runner.step(token_ids, cache, first, last)
                 total += last - first
         return total
 
-    def _ranges(self, missing: Missing) -> list[tuple[int, int]]:
-        """Return rising ranges of positions that have to go through the model."""
-        wanted: set[int] = set()
+    def _unseen(self, missing: Missing) -> dict[Where, set[int]]:
+        """Return the positions that no pass has shown yet, of points that have some."""
+        found: dict[Where, set[int]] = defaultdict(set)
         for where, by_step in missing.items():
             for positions in by_step.values():
                 if self._collector.rows(where, positions) is None:
-                    wanted.update(positions)
-        ranges: list[tuple[int, int]] = []
-        for position in sorted(wanted):
-            if ranges and position - ranges[-1][1] <= _GAP_TOKENS:
-                ranges[-1] = (ranges[-1][0], position + 1)
-            else:
-                ranges.append((position, position + 1))
-        return ranges
+                    found[where].update(positions)
+        return found
 
     def keep(self, match: Match, missing: Missing) -> bool:
         """Encode what was seen, to be stored; return whether everything that is missing was seen."""
@@ -329,11 +313,11 @@ class _Work:
             for number, positions in by_step.items():
                 step = match.steps[number]
                 rows = self._collector.rows(where, positions)
-                if rows is None:
+                if not rows:
                     return False
                 series = Series(*where, self._dtype)
                 offsets = [position - step.start for position in positions]
-                recorded = encode_rows(step.node, series, rows, offsets)
+                recorded = encode_rows(step.node, series, rows, offsets, step.start)
                 self._waiting.append(recorded)
                 self._waiting_bytes += len(recorded.value)
                 self._pending[step.node, where].update(offsets)
@@ -358,6 +342,31 @@ class _Work:
                 f"{report.num_dropped} recorded spans were removed from the store before their rows were written",
                 "raise the store's quota; running again records them",
             )
+
+
+def _is_pairwise(where: Where) -> bool:
+    return where[0] in POINTS and POINTS[where[0]].is_pairwise
+
+
+def _deepest(points: Iterable[Where]) -> int | None:
+    """Return the last layer that has to be run for points, or None if all of the model has."""
+    layers = []
+    for name, layer in points:
+        if name not in _EARLY and layer is None:
+            return None
+        layers.append(layer or 0)
+    return max(layers)
+
+
+def _ranges(unseen: Mapping[Where, set[int]]) -> list[tuple[int, int]]:
+    """Return rising ranges of positions that have to go through the model."""
+    ranges: list[tuple[int, int]] = []
+    for position in sorted(set().union(*unseen.values())):
+        if ranges and position - ranges[-1][1] <= _GAP_TOKENS:
+            ranges[-1] = (ranges[-1][0], position + 1)
+        else:
+            ranges.append((position, position + 1))
+    return ranges
 
 
 @contextmanager

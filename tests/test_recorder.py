@@ -256,7 +256,6 @@ def test_stores_say_that_they_hold_activations(store_path):
         (N.POST_MLP, {"layers": []}, InputTypeError, "nothing"),
         ("post-mlpp", {}, InputTypeError, "no point"),
         ("model.layers.9.mlp", {}, InputTypeError, "no module"),
-        (N.ATTN_PROBS, {}, UnsupportedModelError, "as long as the text"),
         (N.UNREDUCED_LOSS, {}, UnsupportedModelError, "token_logprobs"),
         (N.POST_MLP, {"dtype": "int8"}, InputTypeError, "cannot be stored"),
         (N.POST_MLP, {"positions": "all"}, InputTypeError, "integers"),
