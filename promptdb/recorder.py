@@ -186,7 +186,7 @@ class Recorder:
         positions = range(total) if rows is None else tuple(rows)
         computed = 0
         for attempt in range(_ATTEMPTS):
-            root = self.engine.root
+            root = self.engine.root_of(asked.packed)
             if attempt:
                 self.engine._extender.held = None  # the engine believes that it is stored
             computed += work.ensure_stored(root, asked)
@@ -195,7 +195,7 @@ class Recorder:
                 continue  # evicted, or removed: again
             missing = work.missing(match, positions)
             computed += work.compute(match, missing)
-            if self.engine.root == root and work.keep(match, missing):
+            if self.engine.root_of(asked.packed) == root and work.keep(match, missing):
                 return Recording(root, asked.packed, self.points, positions, computed, self.engine.db, self._dtype)
         raise StoreError(
             f"{total} tokens could not be recorded: spans vanish, or the model changes, as fast as they are computed",
@@ -285,7 +285,10 @@ class _Work:
         total = 0
         unseen = self._unseen(missing)
         pass_tokens = _WIDE_PASS_TOKENS if any(map(_is_pairwise, unseen)) else _PASS_TOKENS
-        for start, end in _ranges(unseen):
+        ranges = _ranges(unseen)
+        if ranges and not extender.runner.is_causal:
+            ranges, pass_tokens = [(0, len(token_ids))], len(token_ids)
+        for start, end in ranges:
             cache = extender.cache_of(match, start)
             if cache is None:
                 return total  # a span has gone

@@ -26,7 +26,7 @@ ORDER = (
     "rebuild", "ledger", "pins", "eviction", "audit", "verify", "commits", "collect", "lifecycle",
     "recordings", "dataset", "rows", "recall", "opening", "db", "shards",
     "doctor", "metrics", "migrate", "testing",
-    "frames", "streams", "intake", "outgoing", "deposit", "incoming", "archive", "backup",
+    "frames", "streams", "intake", "outgoing", "deposit", "incoming", "archive", "backup", "adoption",
     "far", "far_redis", "far_objects", "far_layers", "far_open", "testing_shared",
     "breaker", "signing", "parcel", "far_index", "far_calls", "pulling", "pushing", "shared", "shared_sync",
     "cost", "explain",
