@@ -263,6 +263,15 @@ def merged(old: Entry, new: Entry) -> bytearray | None:
     return build_blob(list(zip(specs, contents, strict=True)))
 
 
+def cut_entry(entry: Entry, first: int, count: int, start: int) -> bytearray:
+    """Return the blob of some rows of an entry, of those tokens of its span that are one from token ``start`` on."""
+    tokens = [token - start for token in entry.tokens()[first : first + count]]
+    lengths = None if entry.lengths is None else entry.lengths[first : first + count]
+    specs = entry_specs(entry.rows.dtype, entry.row_shape, tokens, lengths)
+    contents: list[bytes | memoryview] = [entry.data(first, count), *side_data(specs, tokens, lengths)]
+    return build_blob(list(zip(specs, contents, strict=True)))
+
+
 def pack_entry(key: bytes, blob: bytes | bytearray | memoryview) -> bytes:
     """Return the value to store under an entry's key."""
     return checksum(key, blob) + blob
