@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Sequence
 
@@ -17,18 +18,24 @@ from promptdb.format import CHECKSUM_BYTES
 from promptdb.hook_binding import Where
 from promptdb.hook_context import Hook, PrecomputeContext
 from promptdb.hook_points import POINTS, HookVariableNames
-from promptdb.recordings import RecordedRows
 
 
 class Collector:
-    """Keeps what hooks are shown, by point, layer and position. Not thread safe.
+    """Keeps what hooks are shown, by point, layer and place in the cache. Not thread safe.
+
+    In a pass over one prompt, places in the cache are positions.
+
+    Parameters
+    ----------
+    one_cache : keep what passes on the last cache showed, and let go of what those on others did.
 
     Notes
     -----
     Nothing is copied while the model runs: what it computes for a point stays in memory until :meth:`clear`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, one_cache: bool = False) -> None:
+        self._one_cache, self._cache = one_cache, None
         self._kept: dict[Where, list[tuple[int, torch.Tensor]]] = defaultdict(list)
 
     def hooks(self, wanted: Sequence[Where]) -> list[Hook]:
@@ -46,6 +53,9 @@ class Collector:
                 rows = rows.transpose(0, 1)
             if name == HookVariableNames.PRE_MASK_ATTN_WEIGHTS:
                 rows = rows.clone()  # some models add the mask in place
+            if self._one_cache and pctx.past_key_values is not self._cache:
+                self.clear()
+                self._cache = pctx.past_key_values
             self._kept[name, layer].append((pctx.first_position, rows))
 
         return Hook(name, keep, layers=layer if name in POINTS and POINTS[name].by_layer else None)
@@ -69,7 +79,7 @@ class Collector:
         for first, rows in self._kept[where]:
             end = first + rows.shape[0]
             if first <= positions[at] < end:
-                wanted = [position for position in positions[at:] if position < end]
+                wanted = positions[at : bisect_left(positions, end, at)]
                 if wanted[-1] - wanted[0] == len(wanted) - 1:
                     return rows[wanted[0] - first : wanted[-1] + 1 - first]
                 return rows[torch.tensor(wanted, device=rows.device) - first]
@@ -78,6 +88,11 @@ class Collector:
     def clear(self) -> None:
         """Let go of everything."""
         self._kept.clear()
+        self._cache = None
+
+    def shows(self, cache: object) -> bool:
+        """Return whether what is kept is of passes on a cache."""
+        return self._cache is not None and self._cache is cache
 
 
 def dtype_name(dtype: torch.dtype | str) -> str:
@@ -89,10 +104,9 @@ def dtype_name(dtype: torch.dtype | str) -> str:
     return name
 
 
-def encode_rows(
-    node: bytes, series: Series, runs: Sequence[torch.Tensor], offsets: Sequence[int], start: int
-) -> RecordedRows:
-    """Return rows of a span, ready to be stored: one copy, into pooled memory.
+def encode_rows(series: Series, runs: Sequence[torch.Tensor], offsets: Sequence[int], start: int) -> memoryview:
+    """Return rows of a span, ready to be stored (see :class:`~promptdb.recordings.RecordedRows`): one copy, into pooled
+    memory.
 
     Parameters
     ----------
@@ -129,7 +143,7 @@ def encode_rows(
         )
     for at, data in zip(plan.offsets_bytes[1:], side_data(specs, offsets, lengths), strict=True):
         blob[at : at + len(data)] = data
-    return RecordedRows(node, series, value)
+    return value
 
 
 def _fill_ragged(target: torch.Tensor, rows: Sequence[torch.Tensor], lengths: Sequence[int]) -> None:

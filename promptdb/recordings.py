@@ -18,10 +18,8 @@ from promptdb.format import (
     checksum,
 )
 from promptdb.ledger import Ledger, with_ledger
-from promptdb.rebuild import require_version
+from promptdb.rebuild import FIRST_VERSION_WITH_ACTIVATIONS, require_version
 from promptdb.tables import Index
-
-FIRST_VERSION_WITH_ACTIVATIONS = 3
 
 
 @dataclass(frozen=True)
