@@ -10,7 +10,7 @@ from array import array
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import accumulate, pairwise
 from math import prod
 from typing import TYPE_CHECKING, NamedTuple
@@ -41,7 +41,7 @@ class Series(NamedTuple):
 
     def key(self, node: bytes) -> bytes:
         """Return the key of the entry of a node."""
-        return node + self.prefix(self.point, self.layer) + self.dtype.encode()
+        return node + _suffix(self)
 
     @staticmethod
     def prefix(point: str, layer: int | None) -> bytes:
@@ -74,6 +74,11 @@ class Series(NamedTuple):
     def __str__(self) -> str:
         where = self.point if self.layer is None else f"{self.point} of layer {self.layer}"
         return f"{where} ({self.dtype})"
+
+
+@lru_cache(maxsize=4096)  # a reading asks for each series at each of many spans
+def _suffix(series: Series) -> bytes:
+    return series.prefix(series.point, series.layer) + series.dtype.encode()
 
 
 @dataclass(frozen=True)

@@ -96,7 +96,7 @@ class Recall:
 
         Notes
         -----
-        One copy, from the memory map into pooled memory. Imports torch.
+        One copy, from the memory map into pooled memory; of several MiB, with several threads. Imports torch.
         """
         root = self._root_for(model, tokenizer, namespace, intervention)
         packed = prompt if isinstance(prompt, bytes) else self._packed(prompt, root)
@@ -107,7 +107,7 @@ class Recall:
             snapshot = self._snapshot(reader)
             match = snapshot.match(root, packed)
             series = only_series(reader, match, name, layer, dtype)
-            return rows_of(snapshot, match, series, wanted)
+            return rows_of(snapshot, match, [series], wanted)[0]
 
     def activations_of(
         self, root: Root, packed: bytes, wanted: Sequence[Series], positions: Sequence[int] | None = None
@@ -122,7 +122,7 @@ class Recall:
         with self._index.read() as reader:
             snapshot = self._snapshot(reader)
             match = snapshot.match(root, packed)
-            return [rows_of(snapshot, match, series, positions) for series in wanted]
+            return rows_of(snapshot, match, wanted, positions)
 
     def _root_for(self, model: str | None, tokenizer: str | None, namespace: str, intervention: str) -> Root:
         if model is not None and tokenizer is not None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from promptdb.activations import Piece, Series, pieces, series_of
 from promptdb.buffers import POOL
 from promptdb.errors import CorruptDataError, InputTypeError, NotRecordedError, UnsupportedModelError
+from promptdb.gather import Copy, copy_all
 from promptdb.hook_points import POINTS, HookVariableNames, canonical_name
 from promptdb.keys import num_tokens
 
@@ -78,8 +79,20 @@ def only_series(reader: Reader, match: Match, name: str, layer: int | None, dtyp
     return found[0] if found else Series(name, layer, "F32")
 
 
-def rows_of(snapshot: Snapshot, match: Match, series: Series, positions: Sequence[int] | None) -> torch.Tensor:
-    """Return rows of a prompt as a tensor of its own; raises as :meth:`PromptDB.activations` does."""
+def rows_of(
+    snapshot: Snapshot, match: Match, wanted: Sequence[Series], positions: Sequence[int] | None
+) -> list[torch.Tensor]:
+    """Return rows of a prompt as tensors of their own, of each series; raises as :meth:`PromptDB.activations` does."""
+    copies: list[Copy] = []
+    tensors = [_tensor(snapshot, match, series, positions, copies) for series in wanted]
+    copy_all(copies)
+    return tensors
+
+
+def _tensor(
+    snapshot: Snapshot, match: Match, series: Series, positions: Sequence[int] | None, copies: list[Copy]
+) -> torch.Tensor:
+    """Return the tensor of a series, and add what has to be copied into it to ``copies``."""
     import torch
 
     found, missing = pieces(snapshot, match, series, positions)
@@ -101,12 +114,12 @@ def rows_of(snapshot: Snapshot, match: Match, series: Series, positions: Sequenc
         return _padded(found, (count, shape[0], num_tokens(match.packed)), dtype, fill)
     width = found[0].entry.row_bytes
     memory = POOL.lease(count * width)
-    target, at = torch.frombuffer(memory, dtype=torch.uint8, count=count * width), 0
+    target, at = memoryview(memory).cast("B"), 0
     for piece in found:
         data = piece.entry.data(piece.first, piece.count)
-        target[at : at + len(data)].copy_(torch.frombuffer(data, dtype=torch.uint8))
+        copies.append((target[at : at + len(data)], data))
         at += len(data)
-    return target.view(dtype).view(count, *shape)
+    return torch.frombuffer(memory, dtype=dtype, count=at // dtype.itemsize).view(count, *shape)
 
 
 def _padded(found: Sequence[Piece], shape: tuple[int, int, int], dtype: torch.dtype, fill: float) -> torch.Tensor:

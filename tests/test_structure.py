@@ -24,7 +24,7 @@ ORDER = (
     "life", "userkey", "sealing", "sealed", "labels", "served", "trie", "access", "activations", "snapshot", "registry",
     "outbox", "shared_options",
     "rebuild", "ledger", "pins", "eviction", "audit", "verify", "commits", "collect", "lifecycle",
-    "recordings", "dataset", "rows", "recall", "opening", "db", "shards",
+    "recordings", "dataset", "gather", "rows", "recall", "opening", "db", "shards",
     "doctor", "metrics", "migrate", "testing",
     "frames", "streams", "intake", "outgoing", "deposit", "incoming", "archive", "backup", "adoption",
     "far", "far_redis", "far_objects", "far_layers", "far_open", "testing_shared",
