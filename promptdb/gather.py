@@ -1,7 +1,7 @@
 """Copying many pieces of memory at once, each of them contiguous, with a few threads.
 
-A copy of one large tensor by torch is as fast. But torch shares every single copy among all of its threads and waits for
-all of them: of many pieces, on a machine that does something else too, most of the time goes by waiting.
+A copy of one large tensor by torch is as fast. But torch shares every single copy among all of its threads and waits
+for all of them: of many pieces, on a machine that does something else too, most of the time goes by waiting.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager
@@ -317,18 +318,19 @@ class _Work:
                 at = 0
                 by_step = found[where] = {}
                 for number, step in enumerate(match.steps):
-                    begin = at
-                    while at < len(positions) and positions[at] < step.end:
-                        at += 1
+                    begin, at = at, bisect_left(positions, step.end, at)
                     if at > begin:
                         stored = self._stored(snapshot, step, where)
-                        lacking = [each for each in positions[begin:at] if each - step.start not in stored]
+                        wanted = positions[begin:at]
+                        if isinstance(stored, range) and wanted[-1] - step.start < len(stored):
+                            continue  # the usual case, without looking at each token
+                        lacking = [each for each in wanted if each - step.start not in stored]
                         if lacking:
                             by_step[number] = lacking
         return found
 
     def _stored(self, snapshot: Snapshot, step: Step, where: Where) -> Collection[int]:
-        """Return which tokens of a span have their row, in the store or waiting for it."""
+        """Return which tokens of a span have their row, in the store or waiting for it; a range is its first ones."""
         waiting = self._pending.get((step.node, where), ())
         try:
             entry = entry_of(snapshot, step.node, Series(*where, self._dtype), step.span_tokens, step.start)

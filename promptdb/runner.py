@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import version
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -199,7 +200,7 @@ class Runner:
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         return {
             "torch": torch.__version__,
-            "transformers": version("transformers"),
+            "transformers": _transformers_version(),
             "device": name,
             "attention": self.attention,
             "dtype": str(self.model.dtype).removeprefix("torch."),
@@ -434,6 +435,11 @@ def token_logprobs(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         chosen = rows.gather(1, targets[first : first + rows_at_once, None])[:, 0]
         found[first : first + rows_at_once] = chosen - torch.logsumexp(rows, dim=1)
     return found
+
+
+@cache
+def _transformers_version() -> str:
+    return version("transformers")  # reads a file
 
 
 def _max_tokens(config: Any) -> int | None:
