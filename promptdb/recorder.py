@@ -104,7 +104,8 @@ class Recorder:
     InputTypeError
         No such point or layer.
     UnsupportedModelError
-        A point that the model does not have, or the loss; and engines that are strict.
+        A point that the model does not have, or the loss; scores and probabilities under hooks that are not causal; and
+        engines that are strict.
     ReadOnlyStoreError
         The store cannot be written.
 
@@ -143,6 +144,11 @@ class Recorder:
         self.points = tuple(dict.fromkeys(self._resolve(names, layers)))
         if not self.points:
             raise InputTypeError("nothing to record", "give at least one point and one layer")
+        if not engine.is_causal and any(map(_is_pairwise, self.points)):
+            raise UnsupportedModelError(
+                "rows of scores and probabilities end at their own token, and under hooks that are not causal they go on",
+                "read them with a HookedModel",
+            )
 
     def _resolve(self, names: Sequence[str], layers: int | Iterable[int] | None) -> Iterator[Where]:
         asked = list(layers) if isinstance(layers, Iterable) else layers

@@ -191,7 +191,9 @@ def test_hooks_that_are_not_causal_have_to_be_declared(db, hook):
             assert plain.lookup(prompt).num_tokens == 0
         engine.flush()
         assert [found.tokens_computed for found in engine.run([IDS[:50], IDS, IDS[:49]])] == [0, 0, 49]
-        (recorded,) = Recorder(engine, [N.POST_MLP, N.ATTN_PROBS]).run([IDS])
+        (recorded,) = Recorder(engine, [N.POST_MLP, N.KEY_STATES]).run([IDS])
+        with pytest.raises(UnsupportedModelError, match="end at their own token"):
+            Recorder(engine, N.ATTN_PROBS)
         assert close(recorded.tensor(N.POST_MLP, 1), rows(model, IDS, 1, declared))
         assert recorded.root.intervention_id == declared.id_for(IDS)
         assert torch.equal(
