@@ -43,6 +43,7 @@ _FILE = click.Path(dir_okay=False, allow_dash=True)
 @click.option("--namespace", metavar="NAME", help="Only of this namespace; '' is the one without a name.")
 @click.option("--tag", metavar="NAME", help="Only of prompts that have this tag.")
 @click.option("--without-prefix", is_flag=True, help="With NODE: leave out the spans that it stands on.")
+@click.option("--without-activations", is_flag=True, help="Leave out what `promptdb record` recorded.")
 @click.option("--force", is_flag=True, help="Replace FILE.")
 @store_options
 def export(
@@ -52,6 +53,7 @@ def export(
     namespace: str | None,
     tag: str | None,
     without_prefix: bool,
+    without_activations: bool,
     force: bool,
     path: str | None,
     as_json: bool,
@@ -89,6 +91,7 @@ def export(
             namespace=namespace,
             tag=tag,
             with_prefix=not without_prefix,
+            with_activations=not without_activations,
         )
         chosen = [amounts["blob_bytes"] for root, amounts in db.roots() if selection.wants(root)]
         with progress_bar("written", sum(chosen) if node is None and tag is None else None) as progress:
@@ -96,7 +99,8 @@ def export(
             report = export_nodes(db, selection, target, overwrite=force, progress=progress)
             sys.stdout.buffer.flush()
     _print_export(report, file, as_json)
-    click.get_current_context().exit(1 if report.num_damaged or not report.num_spans else 0)
+    incomplete = report.num_damaged or report.num_damaged_entries or not report.num_spans
+    click.get_current_context().exit(1 if incomplete else 0)
 
 
 def _print_export(report: ExportReport, file: str, as_json: bool) -> None:
@@ -107,6 +111,10 @@ def _print_export(report: ExportReport, file: str, as_json: bool) -> None:
         f"{count(report.num_spans, 'span')}, {count(report.num_tokens, 'token')}, {size(report.num_bytes)} written to "
         f"{'standard output' if file == PIPE else file}."
     ]
+    if report.num_activations:
+        lines.append(f"{_entries(report.num_activations)} among them.")
+    if report.num_damaged_entries:
+        lines.append(f"{_entries(report.num_damaged_entries, 'damaged ')} left out: `promptdb verify --fix`.")
     if report.num_damaged:
         lines.append(
             f"{count(report.num_damaged, 'damaged span')} left out, with what stands on them: `promptdb verify --fix`."
@@ -115,11 +123,16 @@ def _print_export(report: ExportReport, file: str, as_json: bool) -> None:
         click.echo(line, err=file == PIPE)
 
 
+def _entries(number: int, kind: str = "") -> str:
+    return f"{number:,} {kind}{'entry' if number == 1 else 'entries'} of recorded activations"
+
+
 @click.command("import", short_help="Store what an exported file holds.")
 @click.argument("file", type=_FILE)
 @click.option("--only-model", metavar="M", multiple=True, help="A model's name, or the start of its weights ID.")
 @click.option("--only-tokenizer", metavar="ID", multiple=True, help="The start of a tokenizer's ID.")
 @click.option("--namespace", metavar="NAME", help="Move everything into this namespace.")
+@click.option("--without-activations", is_flag=True, help="Leave out recorded activations.")
 @click.option(
     "--max-blob-bytes",
     metavar="N",
@@ -134,6 +147,7 @@ def import_(
     only_model: Sequence[str],
     only_tokenizer: Sequence[str],
     namespace: str | None,
+    without_activations: bool,
     max_blob_bytes: int,
     path: str | None,
     as_json: bool,
@@ -158,7 +172,11 @@ def import_(
     """
     with opened(file) as stream, PromptDB(path) as db:
         options = ImportOptions(
-            _model_filter(db, only_model), _id_filter(only_tokenizer, "tokenizer"), namespace, max_blob_bytes
+            _model_filter(db, only_model),
+            _id_filter(only_tokenizer, "tokenizer"),
+            namespace,
+            max_blob_bytes,
+            with_activations=not without_activations,
         )
         try:
             with progress_bar("read", file_size(file)) as progress:
@@ -173,12 +191,14 @@ def import_(
     else:
         _print_import(report, where)
     nothing = bool(report.spans_filtered) and not report.spans_stored and not report.spans_present
-    click.get_current_context().exit(1 if report.spans_dropped or nothing else 0)
+    click.get_current_context().exit(1 if report.spans_dropped or report.activations_dropped or nothing else 0)
 
 
 def _print_import(report: ImportReport, where: str) -> None:
     stored = f"{count(report.spans_stored, 'span')}, {count(report.tokens_stored, 'token')}"
     print_line(f"{where}: stored {stored}, {size(report.bytes_stored)}.")
+    if report.activations_stored:
+        print_line(f"{_entries(report.activations_stored)} stored.")
     facts = (
         (report.spans_present, "span", "there already"),
         (report.spans_filtered, "span", "of other models or tokenizers left out"),
@@ -189,6 +209,8 @@ def _print_import(report: ImportReport, where: str) -> None:
             "left out, as the ID cannot be checked: using the model here enters it",
         ),
     )
+    if report.activations_dropped:
+        print_line(f"{_entries(report.activations_dropped)} left out, as their span is.")
     for number, noun, what in facts:
         if number:
             print_line(f"{count(number, noun)} {what}.")

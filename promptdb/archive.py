@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from promptdb.db import PromptDB
 from promptdb.deposit import ImportReport
 from promptdb.errors import CorruptDataError
-from promptdb.format import FORMAT_VERSION, TOTALS, NodeRecord, pack_record, pack_root
+from promptdb.format import ACTIVATIONS, CHECKSUM_BYTES, FORMAT_VERSION, TOTALS, NodeRecord, pack_record, pack_root
 from promptdb.frames import (
+    ARCHIVE_VERSION,
     BLOB,
     DONE,
     DONE_KEY,
@@ -24,12 +25,14 @@ from promptdb.frames import (
     MODEL,
     NODE,
     PATH,
+    RECORDED,
     ROOT,
     TOKENIZER,
+    VERSION_WITHOUT_ACTIVATIONS,
     FrameReader,
     FrameWriter,
 )
-from promptdb.incoming import LIMITS, POSITION_BYTES, ImportOptions, Incoming, logits_bytes, totals
+from promptdb.incoming import LIMITS, NAME_BYTES, POSITION_BYTES, ImportOptions, Incoming, logits_bytes, totals
 from promptdb.intake import described
 from promptdb.keys import DIGEST_BYTES, TOKEN_BYTES, Root
 from promptdb.outgoing import Outgoing, OutgoingSpan, prefix_of
@@ -71,6 +74,7 @@ class Selection:
     tag : only spans of prompts that have this tag; see :meth:`PromptDB.tag`. Not with ``node``.
     with_prefix : with ``node``, write the spans that it stands on too. Otherwise the archive can only be imported where
         those are.
+    with_activations : write what was recorded of the spans as well. Such an archive is of version 2.
     """
 
     node: bytes | None = None
@@ -78,6 +82,7 @@ class Selection:
     namespace: str | None = None
     tag: str | None = None
     with_prefix: bool = True
+    with_activations: bool = True
 
     def wants(self, root: Root) -> bool:
         """Return whether spans of a root are selected."""
@@ -92,11 +97,13 @@ class ExportReport:
 
     Attributes
     ----------
-    num_roots, num_spans, num_tokens, num_logits : written.
-    blob_bytes : of their blobs and logits, as the totals of a store count them.
+    num_roots, num_spans, num_tokens, num_logits, num_activations : written. Of activations, entries: each of a span,
+        point, layer and dtype.
+    blob_bytes : of their blobs, logits and activations, as the totals of a store count them.
     num_bytes : size of the archive.
     num_damaged : spans left out because they are damaged or have no keys and values. What stands on them is left out
         too, and not counted.
+    num_damaged_entries : recorded activations left out because they are damaged.
     digest : BLAKE3 over the archive up to its last frame, hex.
     """
 
@@ -104,9 +111,11 @@ class ExportReport:
     num_spans: int = 0
     num_tokens: int = 0
     num_logits: int = 0
+    num_activations: int = 0
     blob_bytes: int = 0
     num_bytes: int = 0
     num_damaged: int = 0
+    num_damaged_entries: int = 0
     digest: str = ""
 
 
@@ -156,7 +165,15 @@ def export_nodes(
     roots = [item for item in db.roots() if selection.wants(item[0]) and (target is None or item[0] == target[0].root)]
     roots.sort(key=lambda item: tuple(vars(item[0]).values()))
     with destination(file, overwrite) as stream:
-        return _Export(db, selection, FrameWriter(stream), progress).run(roots, target, tagged)
+        frames = FrameWriter(stream, _version(db, selection))
+        return _Export(db, selection, frames, progress).run(roots, target, tagged)
+
+
+def _version(db: PromptDB, selection: Selection) -> int:
+    """Return the version of an archive: a later one only where older programs would miss something."""
+    with db.read() as snapshot:
+        has_activations = next(snapshot.reader.keys(ACTIVATIONS), None) is not None
+    return ARCHIVE_VERSION if has_activations and selection.with_activations else VERSION_WITHOUT_ACTIVATIONS
 
 
 class _Export:
@@ -182,8 +199,11 @@ class _Export:
             for span in outgoing.everything() if target is None else self._subtree(outgoing, *target):
                 self._write_span(outgoing, span)
             report.num_damaged += outgoing.num_damaged
+            report.num_damaged_entries += outgoing.num_damaged_entries
         digest = frames.digest()
         counted = totals(report.num_roots, report.num_spans, report.num_tokens, report.num_logits, report.blob_bytes)
+        if frames.version > VERSION_WITHOUT_ACTIVATIONS:
+            counted["num_activations"] = report.num_activations
         frames.write(DONE, pack_record(DONE_KEY, {**counted, "digest": digest}))
         report.digest, report.num_bytes = digest.hex(), frames.num_bytes
         return report
@@ -208,6 +228,7 @@ class _Export:
                 "namespace": selection.namespace,
                 "tag": selection.tag,
                 "with_prefix": selection.with_prefix,
+                "with_activations": selection.with_activations,
             },
             "num_roots": len(roots),
             "num_namespaces": len({root.namespace for root, _ in roots}),
@@ -238,6 +259,12 @@ class _Export:
         report.num_spans += 1
         report.num_tokens += span.record.num_tokens
         report.blob_bytes += span.record.size_bytes
+        if frames.version > VERSION_WITHOUT_ACTIVATIONS:
+            for name, blob in outgoing.activations(span):
+                frames.write(RECORDED, len(name).to_bytes(NAME_BYTES, "little"), name, blob)
+                report.num_activations += 1
+                report.blob_bytes += CHECKSUM_BYTES + len(blob)
+                self._progress(frames.num_bytes)
         for position, digest in span.logits:
             logits = outgoing.logits(digest)
             if logits is not None:
@@ -273,7 +300,8 @@ def import_archive(
     ----------
     file : path, or a binary stream, which is not closed.
     options : ``wants_model(weights_id)`` and ``wants_tokenizer(tokenizer_id)`` choose; ``namespace`` moves all spans
-        into another one, which an archive with several refuses; ``max_blob_bytes`` is the largest blob accepted.
+        into another one, which an archive with several refuses; ``max_blob_bytes`` is the largest blob accepted;
+        ``with_activations=False`` leaves recorded activations out.
     progress : called with the bytes read so far.
 
     Returns

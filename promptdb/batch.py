@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
@@ -119,7 +119,7 @@ def run(
             f"prompts must be an iterable of prompts, not {type(prompts).__name__}", "put it in a list"
         )
     asked = _asked(engine, prompts)
-    if engine.strict:  # only what was computed in one pass of its own counts
+    if engine.strict or not engine.is_causal:  # only what was computed in one pass of its own counts
         for prompt in asked:
             result = _alone(engine, prompt, store=store)
             if on_progress is not None:
@@ -160,7 +160,8 @@ def _alone(engine: Engine, prompt: Any, *, store: bool) -> Result:
     scores = TokenScores.unknown(asked.num_tokens)
     scores[1:] = TokenScores(found.token_logprobs, found.greedy_ids)
     counts = found.tokens_loaded, found.tokens_computed
-    return Result(engine.root, asked, scores, found.logits, *counts, found.lookup_s, found.compute_s)
+    root = engine.root_of(asked.packed)
+    return Result(root, asked, scores, found.logits, *counts, found.lookup_s, found.compute_s)
 
 
 def _windows(prompts: Iterable[Prompt], limits: BatchLimits, row_bytes: int) -> Iterator[list[Prompt]]:
@@ -186,6 +187,11 @@ def _windows(prompts: Iterable[Prompt], limits: BatchLimits, row_bytes: int) -> 
             window, tokens, size_bytes = [], 0, 0
     if window:
         yield window
+
+
+def _with_computed(result: Result, extra: int) -> Result:
+    loaded, computed = result.tokens_loaded - extra, result.tokens_computed + extra
+    return replace(result, tokens_loaded=loaded, tokens_computed=computed) if extra else result
 
 
 def _served(results: Sequence[Result]) -> Served:
@@ -220,7 +226,7 @@ class _Window:
             engine._check_open()
             engine._num_computed += 1
             self._extender.held = None  # its memory is needed, and what follows stands on the store
-            attempts = 0
+            attempts, shared = 0, [0] * len(self._prompts)
             while attempts < _ATTEMPTS:
                 root = engine.root
                 runner = self._extender.runner
@@ -229,9 +235,12 @@ class _Window:
                 self._extender.storer.queue.flush()
                 if not attempts:
                     self._extender.pull(root, self._prompts)
+                    again = engine.share_untouched(root, self._prompts, store=self._store)
+                    shared = [before + more for before, more in zip(shared, again, strict=True)]
                 healed = self._extender.loader.num_healed
                 try:
                     results = self._attempt(root, blindly=attempts == _ATTEMPTS - 1)
+                    results = [_with_computed(each, extra) for each, extra in zip(results, shared, strict=True)]
                     engine.db.count_served(root.weights_id, _served(results))
                     return results
                 except VanishedError:

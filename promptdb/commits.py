@@ -7,16 +7,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from promptdb.activations import Series
 from promptdb.errors import InputTypeError, PromptDBError, PromptError, StoreError, StoreFullError
 from promptdb.events import warn
 from promptdb.eviction import evict, keep_quota
-from promptdb.format import BLOBS, LOGITS, NODES, BlobEntry, Layout, NodeRecord, checksum
+from promptdb.format import BLOBS, CHECKSUM_BYTES, LOGITS, NODES, BlobEntry, Layout, NodeRecord, checksum
 from promptdb.keys import TOKEN_BYTES, PrefixHasher, Root, node_id, num_tokens
 from promptdb.ledger import Ledger, with_ledger
 from promptdb.life import DEFAULT_COMPRESSION, NEVER, read_limits, read_ttl, read_usage
 from promptdb.outbox import Outbox
 from promptdb.packing import pack
-from promptdb.rebuild import FIRST_VERSION_WITH_CODING, require_version
+from promptdb.rebuild import FIRST_VERSION_WITH_ACTIVATIONS, FIRST_VERSION_WITH_CODING, require_version
 from promptdb.served import Served, write_served
 from promptdb.snapshot import pack_logits
 from promptdb.tables import Index, Writer
@@ -39,6 +40,7 @@ class SpanPayload:
     blobs: Mapping[str, Bytes]
     compute_s: float
     provenance: Mapping[str, str | int | float]
+    recorded: Sequence[tuple[Series, bytearray | memoryview]] = ()  # as in promptdb.recordings.RecordedRows
 
 
 @dataclass(frozen=True)
@@ -131,6 +133,7 @@ class _Span(NamedTuple):
     node: bytes
     blobs: Mapping[str, Bytes]  # as the store keeps them
     entries: Mapping[str, BlobEntry]
+    recorded: Sequence[tuple[bytes, bytearray | memoryview]]  # keys and values
 
 
 class _Prepared:
@@ -170,7 +173,10 @@ class _Prepared:
             node = node_id(child_hash, tokens)
             blobs = {kind: self._stored(blob) for kind, blob in payload.blobs.items()}
             entries = {kind: BlobEntry(len(blob), checksum(node + kind.encode(), blob)) for kind, blob in blobs.items()}
-            self.spans.append(_Span(payload, child_hash, tokens, node, blobs, entries))
+            recorded = [(series.key(node), value) for series, value in payload.recorded]
+            for key, value in recorded:
+                value[:CHECKSUM_BYTES] = checksum(key, memoryview(value)[CHECKSUM_BYTES:])
+            self.spans.append(_Span(payload, child_hash, tokens, node, blobs, entries, recorded))
 
 
 def put_all(
@@ -237,6 +243,7 @@ def _make_space(index: Index, puts: Sequence[_Prepared], clock: Callable[[], flo
     A few spans first, and ever more: removing takes pages too, and each step frees those for the next.
     """
     wanted = 2 * sum(entry.size_bytes for put in puts for span in put.spans for entry in span.entries.values())
+    wanted += 2 * sum(len(value) for put in puts for span in put.spans for _, value in span.recorded)
     with index.read() as reader:
         usage = read_usage(reader)
     charged = 0 if usage is None else usage.charged_bytes
@@ -298,7 +305,7 @@ def _put(ledger: Ledger, put: _Prepared, expires_unix_s: float, outbox: Outbox |
     owner = walk.steps[-1].node if walk.steps else b""
     ledger.protected.update(step.node for step in walk.steps)
     written = tokens = size_bytes = dropped = 0
-    for number, (span, child_hash, ids, node, blobs, entries) in enumerate(put.spans):
+    for number, (span, child_hash, ids, node, blobs, entries, recorded) in enumerate(put.spans):
         if span.end <= covered:
             continue
         if span.start < covered:
@@ -316,6 +323,11 @@ def _put(ledger: Ledger, put: _Prepared, expires_unix_s: float, outbox: Outbox |
         writer.put(NODES, node, data)
         attach(writer, child_hash, ids, node)
         ledger.add(node, record, len(data), expires_unix_s)
+        if recorded:
+            require_version(writer, FIRST_VERSION_WITH_ACTIVATIONS)
+        for key, value in recorded:
+            ledger.put_activations(root, node, key, value)
+            size_bytes += len(value)
         if outbox is not None:
             outbox.add_span(node)
         if ledger.usage.num_orphans:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from promptdb.activations import Entry, Series, cut_entry
 from promptdb.commits import Bytes, PutRequest, SpanPayload
 from promptdb.db import PromptDB
 from promptdb.errors import CorruptDataError, PromptDBError, StoreError
-from promptdb.format import LOGITS, Layout, NodeRecord
+from promptdb.format import CHECKSUM_BYTES, LOGITS, Layout, NodeRecord
 from promptdb.intake import check_blobs, check_logits, checked_tokenizer, described, trim
 from promptdb.keys import TOKEN_BYTES, PrefixHasher, Root
+from promptdb.recordings import RecordedRows
 from promptdb.trie import match
 
 _BATCH_BYTES = 32 << 20
@@ -27,12 +30,14 @@ class ImportReport:
     Attributes
     ----------
     is_complete : the archive was read to its end, and its totals and digest hold.
-    num_spans, num_tokens, num_logits : read and verified so far.
+    num_spans, num_tokens, num_logits, num_activations : read and verified so far.
     num_bytes : read from the file.
     spans_stored, tokens_stored, logits_stored, bytes_stored : new in the store, and durable.
     spans_present : were in the store already.
     spans_filtered : left out because they are of other models or tokenizers than asked for.
     spans_dropped : not stored, as what they stand on is neither in the archive nor in the store.
+    activations_stored, activations_dropped : entries of recorded activations that are new, or have new rows, as the
+        store cuts spans; and those not stored, as their span is not.
     models_stored, tokenizers_stored : entries of the registry that were not known.
     tokenizers_unchecked : entries left out because it cannot be told that they belong to their ID.
     models : names by weights ID of the archive's entries.
@@ -42,6 +47,7 @@ class ImportReport:
     num_spans: int = 0
     num_tokens: int = 0
     num_logits: int = 0
+    num_activations: int = 0
     num_bytes: int = 0
     spans_stored: int = 0
     tokens_stored: int = 0
@@ -50,6 +56,8 @@ class ImportReport:
     spans_present: int = 0
     spans_filtered: int = 0
     spans_dropped: int = 0
+    activations_stored: int = 0
+    activations_dropped: int = 0
     models_stored: int = 0
     tokenizers_stored: int = 0
     tokenizers_unchecked: int = 0
@@ -112,6 +120,7 @@ class Deposit:
         self._db = db
         self._report = report
         self._chains: list[_Chain] = []
+        self._recorded: list[tuple[Root, bytes, NodeRecord, Series, Entry]] = []
         self._num_spans = self._size_bytes = 0
 
     def layout_after(self, root: Root, packed: bytes) -> Layout | None:
@@ -176,6 +185,18 @@ class Deposit:
         self._chains[-1].logits[position] = blob
         self._grow(0, len(blob))
 
+    def activations(self, root: Root, packed: bytes, record: NodeRecord, series: Series, entry: Entry) -> None:
+        """Store recorded activations of the last span, which were checked, unless they are there.
+
+        Parameters
+        ----------
+        packed : packed tokens from position 0 to the end of that span.
+        record : of the span, as the archive has it.
+        """
+        if self._db is not None:
+            self._recorded.append((root, packed, record, series, entry))
+            self._grow(0, len(entry.rows.data))
+
     def model(self, weights_id: str, fields: Mapping[str, Any]) -> None:
         """Enter a model into the registry unless it is known."""
         description = described(fields)
@@ -208,14 +229,19 @@ class Deposit:
             self.flush()
 
     def flush(self) -> None:
-        """Store what was collected, in one transaction. If it fails, nothing of it is stored."""
+        """Store what was collected: spans in one transaction, then what was recorded of them in another.
+
+        If a transaction fails, nothing of it is stored.
+        """
         chains, self._chains = self._chains, []
+        recorded, self._recorded = self._recorded, []
         self._num_spans = self._size_bytes = 0
-        if self._db is None or not chains:
+        if self._db is None:
             return
         try:
             with _store_at_fault():
-                puts = self._db.put_many([chain.request() for chain in chains])
+                puts = self._db.put_many([chain.request() for chain in chains]) if chains else []
+                self._put_recorded(self._db, recorded)
         except PromptDBError as error:
             done = f"{self._report.spans_stored:,} spans are stored, and will be skipped when you import again"
             error.hint = f"{error.hint}; {done}" if error.hint else done
@@ -228,3 +254,20 @@ class Deposit:
             report.spans_dropped += put.num_dropped
             report.spans_present += len(chain.spans) - put.num_spans - put.num_dropped
             report.logits_stored += chain.num_logits_up_to(put.num_dropped)
+
+    def _put_recorded(self, db: PromptDB, recorded: Sequence[tuple[Root, bytes, NodeRecord, Series, Entry]]) -> None:
+        rows: list[RecordedRows] = []
+        for root, packed, record, series, entry in recorded:
+            with db.read() as snapshot:
+                steps = match(snapshot.reader, root.digest, packed).steps
+            taken = 0
+            for step in steps:  # the store may have cut these tokens in other places
+                first, last = (bisect_left(entry.tokens(), at - record.start) for at in (step.start, step.end))
+                if first < last:
+                    value = bytearray(CHECKSUM_BYTES) + cut_entry(entry, first, last - first, step.start - record.start)
+                    rows.append(RecordedRows(step.node, series, value))
+                    taken += last - first
+            self._report.activations_dropped += taken < entry.num_rows
+        report = db.put_activations(rows)
+        self._report.activations_stored += report.num_entries
+        self._report.bytes_stored += report.num_bytes

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from time import perf_counter
 from types import TracebackType
 from typing import Any
@@ -12,15 +13,16 @@ from typing import Any
 import torch
 
 from promptdb import batch, scoring
+from promptdb.adoption import Untouched
 from promptdb.ambient import plain_torch
 from promptdb.batch import BatchLimits, Progress, Result
 from promptdb.cache import PromptCache
 from promptdb.db import PromptDB
-from promptdb.errors import InputTypeError, ModelError, StoreError
+from promptdb.errors import InputTypeError, ModelError, StoreError, UnsupportedModelError
 from promptdb.explain import Explanation, explain
 from promptdb.extender import Extender, Fetch, nothing_found
 from promptdb.forecast import Forecast
-from promptdb.interventions import Intervention
+from promptdb.interventions import Intervention, exact_id
 from promptdb.keys import KV_CODECS, Root, unpack_tokens
 from promptdb.registration import register
 from promptdb.representation import Representation
@@ -101,11 +103,29 @@ class Engine:
         self.tokenizer_id = tokenizer_id(tokenizer)
         self._extender = Extender(db, Runner(model), strict=strict, write_behind=write_behind)
         self._watch = ModelWatch(model, known_weights_id)
+        self._untouched = self._untouched_tokens(write_behind)
         self._root: Root | None = None
         self._lock = threading.RLock()
         self._num_computed = 0
         self._closed = False
         self.root  # noqa: B018 - identify, and register, before anything is computed
+
+    def _untouched_tokens(self, write_behind: bool) -> Untouched | None:
+        if self.intervention is None or self.strict or self.db.readonly:
+            return None
+
+        def plain() -> Engine:
+            return Engine(
+                self.db,
+                self.model,
+                self.tokenizer,
+                namespace=self.namespace,
+                kv_codec=self.kv_codec,
+                write_behind=write_behind,
+                known_weights_id=self.root.weights_id,
+            )
+
+        return Untouched(self.db, self.intervention.untouched_tokens, plain)
 
     @classmethod
     def from_pretrained(
@@ -164,6 +184,16 @@ class Engine:
         return root
 
     @property
+    def is_causal(self) -> bool:
+        """Whether a token's results depend on those before it only, as they do without an intervention."""
+        return self.intervention is None or self.intervention.causal
+
+    def root_of(self, packed: bytes) -> Root:
+        """Return the identity that a prompt, as packed tokens, is stored under now: :attr:`root`, if it is causal."""
+        root = self.root
+        return root if self.is_causal else replace(root, intervention_id=exact_id(root.intervention_id, packed))
+
+    @property
     def device(self) -> torch.device:
         """Where the model's weights are."""
         return self._extender.runner.device
@@ -187,14 +217,16 @@ class Engine:
     def lookup(self, prompt: Any) -> Match:
         """Find what is stored of a prompt. Never computes, never writes. See :meth:`PromptDB.lookup`."""
         self._check_open()
-        return self._extender.match(self.root, self.tokenize(prompt).packed, use_held=False)
+        packed = self.tokenize(prompt).packed
+        return self._extender.match(self.root_of(packed), packed, use_held=False)
 
     def explain(self, prompt: Any) -> Explanation:
         """Return why a prompt is stored or not, where it parts from the nearest one, and what loading would cost."""
         self._check_open()
         packed = self.tokenize(prompt).packed
-        self._extender.match(self.root, packed, use_held=False)  # waits for what is being written of it
-        return explain(self.db, self.root, packed, self._extender.cost)
+        root = self.root_of(packed)
+        self._extender.match(root, packed, use_held=False)  # waits for what is being written of it
+        return explain(self.db, root, packed, self._extender.cost)
 
     def get(self, prompt: Any, *, logits: str = "last", store: bool = True) -> Representation:
         """Return the representation of a prompt: loaded as far as it is stored, computed from there, and stored.
@@ -235,16 +267,25 @@ class Engine:
             asked = self.tokenize(prompt)
             self._extender.storer.queue.raise_failures()
             computed = self._num_computed
-            match = self._extender.match(self.root, asked.packed)
+            match = self._extender.match(self.root_of(asked.packed), asked.packed)
             if not match.is_complete and not keep_all and self._extender.pull(match.root, [asked]):
                 match = self._extender.match(match.root, asked.packed)
             self._extender.runner.check_mode()
+            shared = 0
+            if not match.is_complete and not keep_all:
+                (shared,) = self.share_untouched(match.root, [asked], store=store)
+                if shared or self.intervention is not None:
+                    match = self._extender.match(match.root, asked.packed)
             found = None if keep_all else self._hit(match, asked, began, store=store)
             if found is None:
                 with self._lock:
                     # Another thread may have computed it while this one waited.
                     known = match if computed == self._num_computed and not match.is_complete else None
                     found = self._compute(known, asked, began, keep_all=keep_all, store=store)
+        if shared:
+            found = replace(
+                found, tokens_loaded=found.tokens_loaded - shared, tokens_computed=found.tokens_computed + shared
+            )
         self.db.count_served(
             match.root.weights_id,
             Served(
@@ -269,7 +310,7 @@ class Engine:
         for attempt in range(_ATTEMPTS):
             match = known
             if match is None:
-                match = self._extender.match(self.root, asked.packed)
+                match = self._extender.match(self.root_of(asked.packed), asked.packed)
                 found = None if keep_all else self._hit(match, asked, began, store=store)
                 if found is not None:
                     return found
@@ -283,7 +324,7 @@ class Engine:
                 keep_all=keep_all,
                 store=store,
                 began=began,
-                still_valid=lambda expected=root: self.root == expected,  # type: ignore[misc]
+                still_valid=lambda expected=root: self.root_of(asked.packed) == expected,  # type: ignore[misc]
             )
             if extended is not None:
                 return extended
@@ -304,7 +345,7 @@ class Engine:
                 return cache
             with self._lock:
                 for _ in range(_ATTEMPTS):
-                    if root != self.root:
+                    if root != self.root_of(asked.packed):
                         raise StoreError("these keys and values are not stored any more, and the model has changed")
                     match = self._extender.match(root, asked.packed)
                     cache = self._extender.cache_of(match, wanted)
@@ -317,7 +358,7 @@ class Engine:
                         keep_all=False,
                         store=store,
                         began=perf_counter(),
-                        still_valid=lambda: self.root == root,
+                        still_valid=lambda: self.root_of(asked.packed) == root,
                     )
         raise StoreError("these keys and values vanish from the store as fast as they are computed")
 
@@ -346,7 +387,20 @@ class Engine:
         """
         from promptdb.generation import generate
 
+        self._check_causal("generate")
         return generate(self, prompt, hf_kwargs)
+
+    def share_untouched(self, root: Root, prompts: Sequence[Prompt], *, store: bool) -> list[int]:
+        """Let the plain model compute the first tokens of prompts that the intervention does not touch.
+
+        Returns
+        -------
+        list of int
+            How many tokens it computed for each prompt: 0 where they are stored, or may not be.
+        """
+        if self._untouched is None or not store:
+            return [0] * len(prompts)
+        return self._untouched.share(root, prompts)
 
     # Many prompts
 
@@ -397,6 +451,7 @@ class Engine:
         what that means, and for the memory that it takes. ``promptdb put --dry-run`` does it without loading a model.
         """
         self._check_open()
+        self._check_causal("plan")
         self.flush()
         return batch.plan(self, prompts, want_logits=want_logits, limits=limits)
 
@@ -439,6 +494,7 @@ class Engine:
         >>> pairs = [("The sky is", " blue"), ("The sky is", " high")]
         >>> [score.logprob for score in engine.score(pairs)]  # doctest: +SKIP
         """
+        self._check_causal("score")
         return scoring.score(self, items, store=store, limits=limits, on_progress=on_progress)
 
     def classify(
@@ -469,6 +525,7 @@ class Engine:
         normalization: str = "none",
     ) -> Iterator[Classification]:
         """Yield the classification of every context, in order; see :meth:`classify` and :meth:`run`."""
+        self._check_causal("classify")
         return scoring.classify(self, contexts, choices, prior=prior, normalization=normalization)
 
     def generate_many(self, prompts: Iterable[Any], **hf_kwargs: Any) -> Iterator[Any]:
@@ -477,6 +534,7 @@ class Engine:
         The prompts are computed as one tree, as by :meth:`run`; then each is continued by itself, from its stored keys
         and values, so that a prompt gives what it gives alone.
         """
+        self._check_causal("generate")
         if self.db.readonly:  # nothing of a batch would be found again
             yield from (self.generate(prompt, **hf_kwargs) for prompt in prompts)
             return
@@ -515,9 +573,18 @@ class Engine:
         try:
             self.flush()
         finally:
+            if self._untouched is not None:
+                self._untouched.close()
             self._extender.storer.queue.close()
             self._extender.held = None
             self._watch.invalidate()  # lets go of the model's tensors
+
+    def _check_causal(self, what: str) -> None:
+        if not self.is_causal:
+            raise UnsupportedModelError(
+                f"{what}: under hooks that are not causal, what a token gets depends on those after it",
+                "get(), put(), run() and Recorder take whole prompts",
+            )
 
     def _check_open(self) -> None:
         if self._closed:

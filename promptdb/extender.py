@@ -231,7 +231,7 @@ class Extender:
         runner.check_placement()
         runner.check_prompt(asked.packed)
         looked_up = perf_counter()
-        prefix = self._prefix(match, total, from_start=keep_all or self._strict)
+        prefix = self._prefix(match, total, from_start=keep_all or self._strict or not runner.is_causal)
         if prefix is None:
             return None
         start, cache, scores, first_new = prefix

@@ -20,7 +20,8 @@ from promptdb.version import __version__
 
 # A byte that is no text, both kinds of line ends and an end of file for terminals: what mangles those is noticed.
 MAGIC = b"\x89promptdb\r\n\x1a"
-ARCHIVE_VERSION = 1
+ARCHIVE_VERSION = 2
+VERSION_WITHOUT_ACTIVATIONS = 1
 NO_ARCHIVE = "this is no promptdb archive"
 
 MANIFEST = b"MANI"
@@ -30,6 +31,7 @@ ROOT = b"ROOT"
 PATH = b"PATH"
 NODE = b"NODE"
 BLOB = b"BLOB"
+RECORDED = b"ACTV"
 LOGITS_AFTER = b"LOGI"
 DONE = b"DONE"
 
@@ -48,18 +50,23 @@ Bytes = bytes | bytearray | memoryview
 class FrameWriter:
     """Writes an archive to a stream, frame by frame. Not thread safe; does not close the stream.
 
+    Parameters
+    ----------
+    version : of the archive: the lowest that has what will be written.
+
     Raises
     ------
     OSError
         What the stream raises.
     """
 
-    def __init__(self, stream: BinaryIO) -> None:
+    def __init__(self, stream: BinaryIO, version: int = VERSION_WITHOUT_ACTIVATIONS) -> None:
         self._stream = stream
         self._digest = blake3()
         self.num_frames = 0
         self.num_bytes = 0
-        self._write(_PREAMBLE.pack(MAGIC, ARCHIVE_VERSION))
+        self.version = version
+        self._write(_PREAMBLE.pack(MAGIC, version))
 
     def _write(self, data: Bytes) -> None:
         self._stream.write(data)
@@ -85,6 +92,10 @@ class FrameWriter:
 class FrameReader:
     """Reads an archive from a stream, frame by frame, and trusts nothing in it. Not thread safe.
 
+    Parameters
+    ----------
+    newest : the newest version that is accepted.
+
     Raises
     ------
     CorruptDataError
@@ -95,7 +106,7 @@ class FrameReader:
         The stream cannot be read.
     """
 
-    def __init__(self, stream: BinaryIO) -> None:
+    def __init__(self, stream: BinaryIO, newest: int = ARCHIVE_VERSION) -> None:
         self._stream = stream
         self._digest = blake3()
         self.num_frames = 0
@@ -104,13 +115,14 @@ class FrameReader:
         if len(preamble) < _PREAMBLE.size or not preamble.startswith(MAGIC):
             raise CorruptDataError(NO_ARCHIVE, "`promptdb export` writes one")
         (_, version) = _PREAMBLE.unpack(preamble)
-        if version > ARCHIVE_VERSION:
+        if version > newest:
             raise FormatVersionError(
-                f"the archive has version {version}; this promptdb {__version__} reads up to {ARCHIVE_VERSION}",
+                f"the archive has version {version}; this promptdb {__version__} reads up to {newest}",
                 "upgrade promptdb",
             )
         if version < 1:
             raise CorruptDataError(f"the archive has version {version}")
+        self.version = version
         self._digest.update(preamble)
 
     def _take(self, size: int) -> bytearray:

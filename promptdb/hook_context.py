@@ -99,6 +99,7 @@ class PrecomputeContext:
         called for a variable of a layer, and is absent otherwise.
     training_log : the same, by convention for what is to be kept over a training run.
     first_position : while a function is called: the position in the sequence of the first token of the pass's variable.
+    past_key_values : during a pass, the cache that the model was given, or None.
 
     Notes
     -----
@@ -110,6 +111,7 @@ class PrecomputeContext:
         self.context: dict[Any, Any] = {}
         self.training_log: dict[Any, Any] = {}
         self.first_position = 0
+        self.past_key_values: Any = None
         self.hooks: list[Hook] = []
         self.add_hooks(hooks)
 

@@ -186,6 +186,7 @@ class Attachment:
         self._new = int(ids.shape[-1]) if ids is not None else int(embeds.shape[-2]) if embeds is not None else 0
         self._first = int(cache.get_seq_length()) if cache is not None else 0
         self._total = self._first + self._new
+        self.pctx.past_key_values = cache
         self._fired.clear()
         if any(name in POINTS and POINTS[name].inside == "scores" for name, _ in self._bound):
             self._own_implementation = module.config._attn_implementation
@@ -219,7 +220,7 @@ class Attachment:
 
     def _forget(self) -> None:
         self._first, self._new, self._total = 0, 0, None
-        self._labels = self._num_items = None
+        self._labels = self._num_items = self.pctx.past_key_values = None
 
     def _check(self) -> None:
         """Raise unless each point was reached once: a hook that never fires is worse than none."""

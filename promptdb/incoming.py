@@ -19,15 +19,19 @@ from promptdb.frames import (
     MODEL,
     NODE,
     PATH,
+    RECORDED,
     ROOT,
     TOKENIZER,
+    VERSION_WITHOUT_ACTIVATIONS,
     FrameReader,
 )
-from promptdb.intake import MAX_LOGITS_BYTES, MAX_PROMPT_TOKENS, check_record, check_root
+from promptdb.intake import MAX_LOGITS_BYTES, MAX_PROMPT_TOKENS, check_activations, check_record, check_root
 from promptdb.keys import DIGEST_BYTES, TOKEN_BYTES, PrefixHasher, Root, node_id, num_tokens
+from promptdb.tables import MAX_KEY_BYTES
 
 DEFAULT_MAX_BLOB_BYTES = 1 << 30
 POSITION_BYTES = 8
+NAME_BYTES = 2  # of the length of a name
 _MAX_ENTRIES = 10_000  # of models and tokenizers
 
 # The longest body of each kind of frame; that of a blob stands in its span's record.
@@ -55,6 +59,7 @@ _FOLLOWING = {
     ROOT: _these(PATH, NODE, ROOT, DONE),
     PATH: _these(NODE, ROOT, DONE),
     NODE: _these(LOGITS_AFTER, NODE, ROOT, DONE),
+    RECORDED: _these(LOGITS_AFTER, NODE, ROOT, DONE),
     LOGITS_AFTER: _these(LOGITS_AFTER, NODE, ROOT, DONE),
 }
 
@@ -74,6 +79,7 @@ class ImportOptions:
     # Called with each span's node ID before its blobs are read; raises CorruptDataError for one that was not asked for.
     # A node ID stands for identity, all tokens before the span, and its own.
     check_node: Callable[[bytes], object] = _everything
+    with_activations: bool = True
 
 
 class Incoming:
@@ -107,6 +113,7 @@ class Incoming:
         self._last: NodeRecord | None = None
         self._layout: Layout | None = None  # of all spans of the root
         self._position = 0  # of the last logits
+        self._series = b""  # of the last recorded activations of the span
         self._num_roots = self._num_entries = self._blob_bytes = 0
 
     def run(self) -> None:
@@ -136,9 +143,15 @@ class Incoming:
     def _read(self) -> None:
         kind, body, digest = self._frames.read(_these(MANIFEST))
         self._take_manifest(body)
-        takers = {ROOT: self._take_root, PATH: self._take_path, NODE: self._take_span, LOGITS_AFTER: self._take_logits}
+        takers = {
+            ROOT: self._take_root,
+            PATH: self._take_path,
+            NODE: self._take_span,
+            RECORDED: self._take_activations,
+            LOGITS_AFTER: self._take_logits,
+        }
         while True:
-            kind, body, digest = self._frames.read(_FOLLOWING[kind])
+            kind, body, digest = self._frames.read(self._following(kind))
             self._progress(self._frames.num_bytes)
             if kind == DONE:
                 self._check_totals(body, digest)
@@ -147,6 +160,12 @@ class Incoming:
                 takers[kind](body)
             else:
                 self._take_entry(kind, body)
+
+    def _following(self, kind: bytes) -> dict[bytes, int]:
+        limits = _FOLLOWING[kind]
+        if kind not in (NODE, RECORDED) or self._frames.version == VERSION_WITHOUT_ACTIVATIONS:
+            return limits
+        return {RECORDED: NAME_BYTES + MAX_KEY_BYTES + self._options.max_blob_bytes, **limits}
 
     def _take_manifest(self, body: bytearray) -> None:
         fields = unpack_record(MANIFEST_KEY, memoryview(body))
@@ -211,6 +230,7 @@ class Incoming:
         self._options.check_node(node)
         blobs = self._read_blobs(node, record)
         self._path, self._last, self._layout, self._position = path, record, record.layout, record.start
+        self._series = b""
         if self._target is None:
             self.report.spans_filtered += 1
         else:
@@ -232,6 +252,19 @@ class Incoming:
             blobs[kind] = blob
         return blobs
 
+    def _take_activations(self, body: bytearray) -> None:
+        assert self._last is not None
+        end = NAME_BYTES + int.from_bytes(body[:NAME_BYTES], "little")
+        name, blob = bytes(body[NAME_BYTES:end]), memoryview(body)[end:]
+        if name <= self._series:
+            raise CorruptDataError("recorded activations that come twice, or out of order")
+        self._series = name
+        series, entry = check_activations(self._last, name, blob)
+        if self._target is not None and self._options.with_activations:
+            self._deposit.activations(self._target, self._path, self._last, series, entry)
+        self.report.num_activations += 1
+        self._blob_bytes += CHECKSUM_BYTES + len(blob)
+
     def _take_logits(self, body: bytearray) -> None:
         assert self._last is not None  # such a frame is read after a span only
         position = int.from_bytes(body[:POSITION_BYTES], "little")
@@ -250,6 +283,8 @@ class Incoming:
             raise CorruptDataError("the digest over all of it does not hold")
         report = self.report
         read = totals(self._num_roots, report.num_spans, report.num_tokens, report.num_logits, self._blob_bytes)
+        if self._frames.version > VERSION_WITHOUT_ACTIVATIONS:
+            read["num_activations"] = report.num_activations
         if any(fields.get(name) != number for name, number in read.items()):
             raise CorruptDataError("the totals at its end are not those of what came before")
         if not self._frames.at_end():

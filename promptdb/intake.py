@@ -13,10 +13,12 @@ from array import array
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from promptdb.activations import LENGTHS, OFFSETS, ROWS, Entry, Series, is_of, read_entry
 from promptdb.blobs import DTYPE_BYTES, TensorSpec, TensorView, build_blob, parse_blob
 from promptdb.errors import CorruptDataError, IdentityError
 from promptdb.format import KV_BLOB, LOGPROBS_BLOB, Layout, NodeRecord
-from promptdb.keys import INT8, KV_CODECS, Root
+from promptdb.hook_points import POINTS, HookVariableNames, is_module_path
+from promptdb.keys import DIGEST_BYTES, INT8, KV_CODECS, Root
 from promptdb.opening import MAX_CHUNK_TOKENS
 
 Bytes = bytes | bytearray | memoryview
@@ -31,6 +33,8 @@ _MAX_PROVENANCE = 64
 
 # A blob's header is JSON of about 100 bytes a tensor; what is longer was not written by promptdb.
 _HEADER_BYTES = 512
+
+_ROW_DTYPES = ("F64", "F32", "F16", "BF16")
 
 _MODEL_FIELDS = {
     "model_type": str, "name": str, "dtype": str, "num_layers": int, "num_parameters": int, "max_tokens": int
@@ -202,6 +206,37 @@ def check_logits(blob: Bytes) -> None:
         raise CorruptDataError(f"logits of shape {view.shape}")
     if _has_nan(view):
         raise CorruptDataError("logits with NaN")
+
+
+def check_activations(record: NodeRecord, name: bytes, blob: Bytes) -> tuple[Series, Entry]:
+    """Return recorded activations of a span; raise :class:`CorruptDataError` unless they can be what they say.
+
+    Parameters
+    ----------
+    name : the key of the entry, without the node ID.
+
+    Notes
+    -----
+    Reads every number: all must be finite, but for what a mask hides.
+    """
+    series = Series.of_key(bytes(DIGEST_BYTES) + name)
+    point = POINTS.get(series.point)
+    if point is None and not is_module_path(series.point):
+        raise CorruptDataError("recorded activations of a point that nobody knows")
+    if (point is not None and point.by_layer) != (series.layer is not None) or not _is_text(series.point):
+        raise CorruptDataError("recorded activations of a layer that cannot be")
+    if series.dtype not in _ROW_DTYPES:
+        raise CorruptDataError(f"recorded activations of {series.dtype}")
+    if not set(parse_blob(blob)) <= {ROWS, OFFSETS, LENGTHS}:
+        raise CorruptDataError("a blob with other tensors than recorded activations")
+    entry = read_entry(blob)
+    if not is_of(entry, series, record.num_tokens, record.start):
+        raise CorruptDataError(f"recorded activations, {series}, are not those of the span")
+    if not is_finite(entry.rows):
+        is_masked = series.point == HookVariableNames.POST_MASK_ATTN_WEIGHTS
+        if not is_masked or any(math.isnan(value) or value == math.inf for value in entry.rows.floats()):
+            raise CorruptDataError(f"recorded activations, {series}, with NaN or infinity")
+    return series, entry
 
 
 def own_tensors(record: NodeRecord, kind: str, tensors: Mapping[str, TensorView]) -> bytearray:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import types
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +14,9 @@ from promptdb.code_identity import class_id, code_id
 from promptdb.errors import IdentityError, InputTypeError, UnsupportedModelError
 from promptdb.hashing import FieldHasher
 from promptdb.hook_context import Hook, PrecomputeContext
+from promptdb.hook_points import POINTS
 from promptdb.hook_wiring import Attachment
+from promptdb.keys import pack_tokens
 from promptdb.probe import steps
 
 if TYPE_CHECKING:
@@ -36,6 +38,9 @@ class Intervention:
         those before it only.
     version : raise it when something changes that the ID does not see.
     parameters : what the functions depend on besides: numbers, text, tensors, modules, or containers of them.
+    causal : False declares that a row may depend on later ones (a filter over the sequence, a bypassed mask). Each
+        prompt is then computed in one pass, and stored for exactly its tokens: under an identity of its own, see
+        :meth:`id_for`. Nothing of it is ever found for a shorter, a longer or another prompt.
 
     Raises
     ------
@@ -53,20 +58,29 @@ class Intervention:
     """
 
     def __init__(
-        self, name: str, hooks: Iterable[Hook], *, version: str = "1", parameters: Mapping[str, Any] | None = None
+        self,
+        name: str,
+        hooks: Iterable[Hook],
+        *,
+        version: str = "1",
+        parameters: Mapping[str, Any] | None = None,
+        causal: bool = True,
     ) -> None:
-        self.name, self.version, self.hooks = name, version, tuple(hooks)
+        self.name, self.version, self.hooks, self.causal = name, version, tuple(hooks), causal
         self.parameters = dict(parameters or {})
         self._digests: dict[int, tuple[torch.Tensor, tuple[int, int], bytes]] = {}
         self._codes: dict[types.CodeType, str] = {}
         if not isinstance(name, str) or not isinstance(version, str) or not name:
             raise InputTypeError("an intervention's name and version must be text")
+        if not isinstance(causal, bool):
+            raise InputTypeError(f"causal is {causal!r}", "True, or False for hooks that let tokens see later ones")
         if not self.hooks:
             raise InputTypeError("an intervention without hooks", "give at least one Hook")
         for hook in self.hooks:
             if not isinstance(hook, Hook):
                 raise InputTypeError(f"a hook must be a Hook, not {type(hook).__name__}", "Hook(name, fn)")
-            _check_positions(hook)
+            if causal:
+                _check_positions(hook)
         self.id  # noqa: B018 - refuse now what cannot be identified
 
     @property
@@ -74,12 +88,23 @@ class Intervention:
         """64 hexadecimal digits, as things are now."""
         hasher = FieldHasher("promptdb intervention")
         hasher.field("name", self.name).field("version", self.version)
+        if not self.causal:
+            hasher.field("causal", 0)
         for hook in self.hooks:
             hasher.field("point", hook.name)
             hasher.field("layers", repr(hook.layers)).field("positions", repr(hook.positions))
             self._add_function(hasher, repr(hook), hook.fn, set())
         self._add(hasher, "parameters", self.parameters, set())
         return hasher.digest().hex()
+
+    def id_for(self, token_ids: Sequence[int]) -> str:
+        """Return the intervention ID that a prompt's results are stored under: :attr:`id`, if it is causal."""
+        return self.id if self.causal else exact_id(self.id, pack_tokens(token_ids))
+
+    @property
+    def untouched_tokens(self) -> int:
+        """How many first tokens of any prompt no hook touches: they are what the plain model makes of them."""
+        return min(map(_first_position, self.hooks)) if self.causal else 0
 
     def context(self, config: Any, readers: Iterable[Hook] = ()) -> PrecomputeContext:
         """Return a fresh context with the hooks, and after them such that only read."""
@@ -95,12 +120,16 @@ class Intervention:
         """
         runner.attach = lambda: Attachment(runner.model, self.context(runner.model.config), is_identified=True)
         runner.exact_ways = frozenset()  # in a packed pass, places in the cache are no positions
+        runner.is_causal = self.causal
+        if not self.causal:
+            return
         difference, tolerance = steps(runner)
         if difference > tolerance:
             raise UnsupportedModelError(
                 f"{self.name}: a prompt computed in steps differs from one in one pass by {difference:.1e} of the "
                 "largest logit, so nothing of it can be stored",
-                "a row may depend on itself and those before it; keys and values of the past must stay as they are",
+                "a row may depend on itself and those before it; keys and values of the past must stay as they are. "
+                "Intervention(..., causal=False) stores whole prompts alone",
             )
 
     def _add_function(self, hasher: FieldHasher, where: str, function: Any, seen: set[int]) -> None:
@@ -169,6 +198,22 @@ class Intervention:
             hasher.update(plain.numpy().tobytes())
             held = self._digests[id(tensor)] = (tensor, mark, hasher.digest())
         return held[2]
+
+
+def exact_id(intervention_id: str, packed: bytes) -> str:
+    """Return the ID under which results that hold for one sequence of tokens only are stored."""
+    return FieldHasher("promptdb exact sequence").field("id", intervention_id).field("tokens", packed).digest().hex()
+
+
+def _first_position(hook: Hook) -> int:
+    """Return the first position that a hook can touch, or 0 where that cannot be told."""
+    at = hook.positions
+    if hook.name not in POINTS or not at:
+        return 0  # what dimension of a module's output is that of tokens, nobody knows
+    if isinstance(at, slice):
+        is_rising = at.step is None or at.step > 0
+        return at.start if is_rising and at.start is not None else 0
+    return min(at)
 
 
 def _names(code: types.CodeType) -> set[str]:

@@ -67,7 +67,7 @@ class KvSource:
 
     def __init__(self, cache: PromptCache, first: int = 0) -> None:
         self.layout = layout_of(cache)
-        self._cache, self._first = cache, 0
+        self.cache, self._first = cache, 0
         self._stacks = cache.stacks(self.layout)
         if self._stacks and self._stacks[0].device.type != "cpu":
             end = cache.get_seq_length()
@@ -80,7 +80,7 @@ class KvSource:
             target.copy_(self._stacks[group][:, :, start - self._first : end - self._first])
             return
         for at, slot in enumerate(self.layout[group].slots):
-            target[at].copy_(self._cache.slot(slot)[0, :, start:end])
+            target[at].copy_(self.cache.slot(slot)[0, :, start:end])
 
 
 def encode_span(

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Set
 from dataclasses import dataclass, replace
 
+from promptdb.activations import cut_entry, read_entry
 from promptdb.db import PromptDB
 from promptdb.errors import CorruptDataError, NodeNotFoundError
-from promptdb.format import CHILDREN, KV_BLOB, LOGITS, LOGPROBS_BLOB, BlobEntry, NodeRecord, checksum
-from promptdb.intake import check_blobs, check_logits, check_record, own_logits, own_tensors
+from promptdb.format import ACTIVATIONS, CHILDREN, KV_BLOB, LOGITS, LOGPROBS_BLOB, BlobEntry, NodeRecord, checksum
+from promptdb.intake import check_activations, check_blobs, check_logits, check_record, own_logits, own_tensors
 from promptdb.keys import DIGEST_BYTES, TOKEN_BYTES, PrefixHasher, Root
 from promptdb.snapshot import Snapshot
 from promptdb.trie import descendants
@@ -42,7 +43,7 @@ class Outgoing:
         self._db = db
         self._root = root
         self._only = only
-        self.num_damaged = 0
+        self.num_damaged = self.num_damaged_entries = 0
 
     def everything(self) -> Iterator[OutgoingSpan]:
         """Yield every span that can be reached from the root."""
@@ -90,6 +91,27 @@ class Outgoing:
             except CorruptDataError:
                 return None
         return blob
+
+    def activations(self, span: OutgoingSpan) -> Iterator[tuple[bytes, bytearray]]:
+        """Yield what is recorded of a span: the key of each entry without the node ID, and its blob.
+
+        Each is read in a snapshot of its own. Damaged ones are left out, and counted in ``num_damaged_entries``.
+        """
+        with self._db.read() as snapshot:
+            names = [key[DIGEST_BYTES:] for key in snapshot.reader.keys(ACTIVATIONS, span.node)]
+        for name in names:
+            try:
+                with self._db.read() as snapshot:
+                    content = snapshot.activations(span.node + name)
+                    if content is None:
+                        continue
+                    entry = read_entry(content)
+                    blob = cut_entry(entry, 0, entry.num_rows, 0)
+                check_activations(span.record, name, blob)
+            except CorruptDataError:
+                self.num_damaged_entries += 1
+                continue
+            yield name, blob
 
     def _walk(self, tokens: bytearray, places: list[tuple[int, bytes]]) -> Iterator[OutgoingSpan]:
         """Yield what stands on the tokens at some places, depth first, what attaches last first.

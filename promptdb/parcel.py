@@ -24,6 +24,7 @@ from promptdb.frames import (
     NODE,
     PATH,
     ROOT,
+    VERSION_WITHOUT_ACTIVATIONS,
     Bytes,
     FrameReader,
     FrameWriter,
@@ -192,6 +193,7 @@ def unpack(pieces: Sequence[Bytes], node: bytes, db: PromptDB, deposit: Deposit)
             raise CorruptDataError("it is another span than the one that was asked for")
 
     options = ImportOptions(check_node=check_node)
-    incoming = Incoming(db, FrameReader(cast(BinaryIO, _Stream(pieces))), options, lambda num_bytes: None, deposit)
+    frames = FrameReader(cast(BinaryIO, _Stream(pieces)), newest=VERSION_WITHOUT_ACTIVATIONS)
+    incoming = Incoming(db, frames, options, lambda num_bytes: None, deposit)
     incoming.run()
     return incoming.report

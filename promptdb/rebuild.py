@@ -31,6 +31,7 @@ from promptdb.trie import descendants
 
 FIRST_VERSION_WITH_LIFE = 2
 FIRST_VERSION_WITH_CODING = 3
+FIRST_VERSION_WITH_ACTIVATIONS = 3
 NOBODY = b"\xff" * DIGEST_BYTES
 """Stands for a parent that is gone and whose ID is not known."""
 

@@ -28,7 +28,10 @@ if TYPE_CHECKING:
 
 @dataclass
 class Recorded:
-    """What is recorded of one point and layer for one identity. ``series.dtype`` is that of the stored rows."""
+    """What is recorded of one point and layer for one identity. ``series.dtype`` is that of the stored rows.
+
+    ``row_shape`` is ``(heads, -1)`` of rows that are as long as the text before them.
+    """
 
     root: Root
     series: Series
@@ -78,7 +81,9 @@ class Recall:
         Returns
         -------
         torch.Tensor
-            ``[n, d]`` on the CPU; ``[n, heads, head_dim]`` for states inside of attention.
+            ``[n, d]`` on the CPU; ``[n, heads, head_dim]`` for states inside of attention. Scores and probabilities are
+            ``[n, heads, N]``, N the tokens of the whole prompt: a token's row ends at the token itself, and is followed
+            by zeros (probabilities) or ``-inf`` (scores).
 
         Raises
         ------
@@ -91,7 +96,7 @@ class Recall:
 
         Notes
         -----
-        One copy, from the memory map into pooled memory. Imports torch.
+        One copy, from the memory map into pooled memory; of several MiB, with several threads. Imports torch.
         """
         root = self._root_for(model, tokenizer, namespace, intervention)
         packed = prompt if isinstance(prompt, bytes) else self._packed(prompt, root)
@@ -102,7 +107,7 @@ class Recall:
             snapshot = self._snapshot(reader)
             match = snapshot.match(root, packed)
             series = only_series(reader, match, name, layer, dtype)
-            return rows_of(snapshot, match, series, wanted)
+            return rows_of(snapshot, match, [series], wanted)[0]
 
     def activations_of(
         self, root: Root, packed: bytes, wanted: Sequence[Series], positions: Sequence[int] | None = None
@@ -117,7 +122,7 @@ class Recall:
         with self._index.read() as reader:
             snapshot = self._snapshot(reader)
             match = snapshot.match(root, packed)
-            return [rows_of(snapshot, match, series, positions) for series in wanted]
+            return rows_of(snapshot, match, wanted, positions)
 
     def _root_for(self, model: str | None, tokenizer: str | None, namespace: str, intervention: str) -> Root:
         if model is not None and tokenizer is not None:
@@ -211,6 +216,11 @@ class Recall:
 
     def _shards(self, root: Root, name: str, layer: int | None, dtype: str | None) -> tuple[Series, list[Shard]]:
         """Return the only series of a point, and the spans that have rows of it."""
+        if name in POINTS and POINTS[name].is_pairwise:
+            raise InputTypeError(
+                f"rows of {name} are as long as the text before them: they do not fit into one table",
+                "read them prompt by prompt: db.activations(prompt, point, layer)",
+            )
         found: dict[Series, list[Shard]] = {}
         suffix = Series.prefix(name, layer)
         with self._index.read() as reader:
@@ -289,12 +299,12 @@ class Recall:
                 root = roots[node]
                 if root is None:
                     continue
-                series, rows = Series.of_key(key), read_entry(value[CHECKSUM_BYTES:]).rows
+                series, entry = Series.of_key(key), read_entry(value[CHECKSUM_BYTES:])
                 each = found.setdefault((root.digest, series), Recorded(root, series))
                 each.num_spans += 1
-                each.num_rows += rows.shape[0]
+                each.num_rows += entry.num_rows
                 each.size_bytes += len(value)
-                each.row_shape = rows.shape[1:]
+                each.row_shape = entry.row_shape
         order = {name: at for at, name in enumerate(POINTS)}
 
         def place(each: Recorded) -> tuple[bytes, int, Series]:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, closing, contextmanager
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from promptdb import batch
 from promptdb.activations import Series, entry_of
 from promptdb.ambient import plain_torch
+from promptdb.batch import BatchLimits
 from promptdb.collector import Collector, dtype_name, encode_rows
 from promptdb.errors import CorruptDataError, InputTypeError, ReadOnlyStoreError, StoreError, UnsupportedModelError
 from promptdb.hook_binding import Binding, Where
@@ -24,11 +27,13 @@ from promptdb.recordings import RecordedRows
 from promptdb.rows import checked_point
 
 if TYPE_CHECKING:
+    from promptdb.cache import PromptCache
     from promptdb.db import PromptDB
     from promptdb.engine import Engine
     from promptdb.keys import Root
     from promptdb.snapshot import Match, Snapshot
     from promptdb.tokens import Prompt
+    from promptdb.trie import Step
 
 __all__ = ["Recorder", "Recording"]
 
@@ -37,6 +42,7 @@ _ATTEMPTS = 3
 # What one transaction holds at most, unless one prompt has more.
 _GROUP_BYTES = 32 << 20
 _PASS_TOKENS = 2048
+_WIDE_PASS_TOKENS = 256  # where each token has a row as long as the text before it, in each head
 # To run so many tokens that nobody asked for is cheaper than to load the past for another pass.
 _GAP_TOKENS = 64
 
@@ -98,15 +104,16 @@ class Recorder:
     InputTypeError
         No such point or layer.
     UnsupportedModelError
-        A point that the model does not have, or whose rows are as long as the text before them (scores and
-        probabilities), or the loss; and engines that are strict.
+        A point that the model does not have, or the loss; scores and probabilities under hooks that are not causal; and
+        engines that are strict.
     ReadOnlyStoreError
         The store cannot be written.
 
     Notes
     -----
     Thread safe: one recording at a time, like the engine's computations. A prompt whose keys and values are stored is
-    not run again: only spans that lack a row are, on top of the stored past, up to the deepest layer wanted.
+    not run again: only spans that lack a row are, on top of the stored past, up to the deepest layer wanted. Scores and
+    probabilities have a pass of their own, with eager attention: keys and values are those of the model's own.
     """
 
     def __init__(
@@ -137,7 +144,11 @@ class Recorder:
         self.points = tuple(dict.fromkeys(self._resolve(names, layers)))
         if not self.points:
             raise InputTypeError("nothing to record", "give at least one point and one layer")
-        self._last_layer = self._deepest()
+        if not engine.is_causal and any(map(_is_pairwise, self.points)):
+            raise UnsupportedModelError(
+                "rows of scores and probabilities end at their own token, and under hooks that are not causal they go on",
+                "read them with a HookedModel",
+            )
 
     def _resolve(self, names: Sequence[str], layers: int | Iterable[int] | None) -> Iterator[Where]:
         asked = list(layers) if isinstance(layers, Iterable) else layers
@@ -146,25 +157,11 @@ class Recorder:
             point = POINTS.get(canonical)
             if canonical == N.UNREDUCED_LOSS:
                 raise UnsupportedModelError(f"{canonical} is not recorded", "token_logprobs are the same, negated")
-            if point is not None and point.is_pairwise:
-                raise UnsupportedModelError(
-                    f"{canonical} is not recorded: a token's row is as long as the text before it",
-                    "read it with a hook",
-                )
             hook = Hook(asked_name, lambda x, pctx: None)
             if point is not None and point.by_layer and hook.layers is None:
                 hook = Hook(asked_name, hook.fn, layers=asked)
             for name, layer in Binding(self.engine.model, [hook]).hooks:
                 yield name, layer if name in POINTS else None
-
-    def _deepest(self) -> int | None:
-        """Return the last layer that has to be run, or None if all of the model has."""
-        layers = []
-        for name, layer in self.points:
-            if name not in _EARLY and layer is None:
-                return None
-            layers.append(layer or 0)
-        return max(layers)
 
     def run(self, prompts: Iterable[Any]) -> list[Recording]:
         """Make sure that all points of all prompts are recorded, durably.
@@ -184,31 +181,47 @@ class Recorder:
 
         Notes
         -----
-        Memory: the points of one prompt, and 32 MiB that wait for a transaction.
+        Prompts are computed together, as by :meth:`Engine.run`, where that is exact, and rows are stored in the
+        transaction of their keys and values. With ``positions``, or in a store with a quota, one after the other.
+        Memory: the points of a pass, of what is written behind, and of a prompt whose rows are computed later.
         """
         work = _Work(self.engine, self.points, self._dtype)
         with self.engine._lock, plain_torch(self.engine.device):
             try:
-                return [self._record(work, self.engine.tokenize(prompt)) for prompt in prompts]
+                with closing(self._stored(work, prompts)) as stored:  # which takes its hooks off, whatever happens
+                    return [self._record(work, asked, computed) for asked, computed in stored]
             finally:
                 work.commit()
 
-    def _record(self, work: _Work, asked: Prompt) -> Recording:
-        total = asked.num_tokens
-        rows = self._which.rows(0, total, total)
-        positions = range(total) if rows is None else tuple(rows)
-        computed = 0
+    def _stored(self, work: _Work, prompts: Iterable[Any]) -> Generator[tuple[Prompt, int], None, None]:
+        """Yield prompts whose keys and values are stored, and how many tokens were computed for each."""
+        if self._which.positions is None and not self.engine.db.limits().quota_bytes:
+            with work.watching(None):
+                for result in batch.run(self.engine, prompts, limits=work.limits()):
+                    yield result.asked, result.tokens_computed
+            return
+        # Which rows are wanted differs from prompt to prompt; or each may have to make room.
+        for prompt in prompts:
+            asked = self.engine.tokenize(prompt)
+            yield asked, work.ensure_stored(asked, self._positions(asked))
+
+    def _positions(self, asked: Prompt) -> Sequence[int]:
+        rows = self._which.rows(0, asked.num_tokens, asked.num_tokens)
+        return range(asked.num_tokens) if rows is None else tuple(rows)
+
+    def _record(self, work: _Work, asked: Prompt, computed: int) -> Recording:
+        total, positions = asked.num_tokens, self._positions(asked)
         for attempt in range(_ATTEMPTS):
-            root = self.engine.root
+            root = self.engine.root_of(asked.packed)
             if attempt:
                 self.engine._extender.held = None  # the engine believes that it is stored
-            computed += work.ensure_stored(root, asked)
+                computed += work.ensure_stored(asked, positions)
             match = work.match(root, asked.packed)
             if match.num_tokens < total:
                 continue  # evicted, or removed: again
             missing = work.missing(match, positions)
-            computed += work.compute(match, missing, self._last_layer)
-            if self.engine.root == root and work.keep(match, missing):
+            computed += work.compute(match, missing)
+            if self.engine.root_of(asked.packed) == root and work.keep(match, missing):
                 return Recording(root, asked.packed, self.points, positions, computed, self.engine.db, self._dtype)
         raise StoreError(
             f"{total} tokens could not be recorded: spans vanish, or the model changes, as fast as they are computed",
@@ -225,19 +238,50 @@ class _Work:
 
     def __init__(self, engine: Engine, points: Sequence[Where], dtype: str) -> None:
         self._engine, self._points, self._dtype = engine, points, dtype
-        self._collector = Collector(points)
+        self._collector = Collector()
+        self._beside = Collector(one_cache=True)  # what goes into the store together with keys and values
         self._waiting: list[RecordedRows] = []
         self._waiting_bytes = 0
         self._pending: dict[tuple[bytes, Where], set[int]] = defaultdict(set)  # offsets that wait, by node
 
     @contextmanager
-    def _hooked(self, last_layer: int | None) -> Iterator[None]:
-        """Let the engine's passes be seen by the collector, after the hooks of an intervention."""
+    def watching(self, positions: Sequence[int] | None) -> Iterator[None]:
+        """Let rows of what the engine computes and stores go into the store with it.
+
+        Parameters
+        ----------
+        positions : which tokens'; None: all.
+        """
+        points = [where for where in self._points if not _is_pairwise(where)]
+        wanted = None if positions is None else set(positions)
+
+        def rows(cache: PromptCache, start: int, end: int) -> list[tuple[Series, memoryview]]:
+            if not self._beside.shows(cache):
+                return []
+            every = range(start, end)
+            places = every if wanted is None else [at for at in every if at in wanted]
+            found = [(Series(*where, self._dtype), self._beside.rows(where, places)) for where in points]
+            offsets = [at - start for at in places]
+            return [(series, encode_rows(series, runs, offsets, start)) for series, runs in found if runs]
+
+        storer = self._engine._extender.storer
+        before = storer.beside
+        with self._hooked(self._beside, points, None):
+            storer.beside = rows
+            try:
+                yield
+            finally:
+                storer.beside = before
+                self._beside.clear()
+
+    @contextmanager
+    def _hooked(self, collector: Collector, points: Sequence[Where], last_layer: int | None) -> Iterator[None]:
+        """Let a collector see points of the engine's passes, after the hooks of an intervention."""
         runner, intervention = self._engine._extender.runner, self._engine.intervention
         before = runner.attach
 
         def attach() -> AbstractContextManager[object]:
-            hooks = [*(intervention.hooks if intervention is not None else ()), *self._collector.hooks()]
+            hooks = [*(intervention.hooks if intervention is not None else ()), *collector.hooks(points)]
             pctx = PrecomputeContext(runner.model.config, hooks)
             return Attachment(runner.model, pctx, last_layer=last_layer, is_identified=True)
 
@@ -247,18 +291,27 @@ class _Work:
         finally:
             runner.attach = before
 
+    def limits(self) -> BatchLimits:
+        """Return how prompts are computed: in one sequence, or one after the other.
+
+        Not as rows of a batch, of which the collector makes nothing.
+        """
+        runner = self._engine._extender.runner
+        way = "packed" if "packed" in runner.exact_ways and runner.masks.can_build else "single"
+        return replace(BatchLimits.for_device(self._engine.device), way=way)
+
     def match(self, root: Root, packed: bytes) -> Match:
         """Return what is stored of a prompt, after waiting for what is being written."""
         return self._engine._extender.match(root, packed, use_held=False)
 
-    def ensure_stored(self, root: Root, asked: Prompt) -> int:
-        """Store keys and values of a prompt, looking at the points on the way; return how many tokens were computed."""
-        self._collector.clear()
+    def ensure_stored(self, asked: Prompt, positions: Sequence[int]) -> int:
+        """Store keys and values of a prompt, and rows of points with them; return how many tokens were computed."""
+        root = self._engine.root_of(asked.packed)
         if self.match(root, asked.packed).num_tokens == asked.num_tokens:
             return 0
         if self._engine.db.limits().quota_bytes:
             self.commit()  # spans of what waits may have to go for this prompt
-        with self._hooked(None):
+        with self.watching(positions):
             found = self._engine.get(asked)
         self._engine._extender.storer.queue.flush()
         return found.tokens_computed
@@ -271,57 +324,51 @@ class _Work:
                 at = 0
                 by_step = found[where] = {}
                 for number, step in enumerate(match.steps):
-                    begin = at
-                    while at < len(positions) and positions[at] < step.end:
-                        at += 1
+                    begin, at = at, bisect_left(positions, step.end, at)
                     if at > begin:
-                        stored = self._stored(snapshot, step.node, where, step.span_tokens)
-                        lacking = [each for each in positions[begin:at] if each - step.start not in stored]
+                        stored = self._stored(snapshot, step, where)
+                        wanted = positions[begin:at]
+                        if isinstance(stored, range) and wanted[-1] - step.start < len(stored):
+                            continue  # the usual case, without looking at each token
+                        lacking = [each for each in wanted if each - step.start not in stored]
                         if lacking:
                             by_step[number] = lacking
         return found
 
-    def _stored(self, snapshot: Snapshot, node: bytes, where: Where, span_tokens: int) -> set[int]:
-        """Return which tokens of a span have their row, in the store or waiting for it."""
-        offsets = set(self._pending.get((node, where), ()))
+    def _stored(self, snapshot: Snapshot, step: Step, where: Where) -> Collection[int]:
+        """Return which tokens of a span have their row, in the store or waiting for it; a range is its first ones."""
+        waiting = self._pending.get((step.node, where), ())
         try:
-            entry = entry_of(snapshot, node, Series(*where, self._dtype), span_tokens)
+            entry = entry_of(snapshot, step.node, Series(*where, self._dtype), step.span_tokens, step.start)
         except CorruptDataError:
-            return offsets  # written again, over what is damaged
-        return offsets.union(() if entry is None else entry.tokens())
+            return waiting  # written again, over what is damaged
+        if not waiting:
+            return () if entry is None else entry.tokens() if entry.offsets is None else set(entry.offsets)
+        return {*waiting, *(() if entry is None else entry.tokens())}
 
-    def compute(self, match: Match, missing: Missing, last_layer: int | None) -> int:
-        """Run what is missing and was not seen yet, on top of the stored past; return how many tokens were run."""
+    def compute(self, match: Match, missing: Missing) -> int:
+        """Run what is missing, on top of the stored past; return how many tokens were run."""
         extender = self._engine._extender
         token_ids = torch.tensor(unpack_tokens(match.packed), dtype=torch.int64, device="cpu")
         total = 0
-        for start, end in self._ranges(missing):
+        self._collector.clear()
+        unseen = {where: set().union(*by_step.values()) for where, by_step in missing.items() if by_step}
+        pass_tokens = _WIDE_PASS_TOKENS if any(map(_is_pairwise, unseen)) else _PASS_TOKENS
+        ranges = _ranges(unseen)
+        if ranges and not extender.runner.is_causal:
+            ranges, pass_tokens = [(0, len(token_ids))], len(token_ids)
+        for start, end in ranges:
             cache = extender.cache_of(match, start)
             if cache is None:
                 return total  # a span has gone
             extender.runner.check_mode()
             extender.runner.check_placement()
-            for first in range(start, end, _PASS_TOKENS):
-                last = min(first + _PASS_TOKENS, end)
-                with self._hooked(last_layer), _stopping():
+            for first in range(start, end, pass_tokens):
+                last = min(first + pass_tokens, end)
+                with self._hooked(self._collector, list(unseen), _deepest(unseen)), _stopping():
                     extender.runner.step(token_ids, cache, first, last)
                 total += last - first
         return total
-
-    def _ranges(self, missing: Missing) -> list[tuple[int, int]]:
-        """Return rising ranges of positions that have to go through the model."""
-        wanted: set[int] = set()
-        for where, by_step in missing.items():
-            for positions in by_step.values():
-                if self._collector.rows(where, positions) is None:
-                    wanted.update(positions)
-        ranges: list[tuple[int, int]] = []
-        for position in sorted(wanted):
-            if ranges and position - ranges[-1][1] <= _GAP_TOKENS:
-                ranges[-1] = (ranges[-1][0], position + 1)
-            else:
-                ranges.append((position, position + 1))
-        return ranges
 
     def keep(self, match: Match, missing: Missing) -> bool:
         """Encode what was seen, to be stored; return whether everything that is missing was seen."""
@@ -329,13 +376,13 @@ class _Work:
             for number, positions in by_step.items():
                 step = match.steps[number]
                 rows = self._collector.rows(where, positions)
-                if rows is None:
+                if not rows:
                     return False
                 series = Series(*where, self._dtype)
                 offsets = [position - step.start for position in positions]
-                recorded = encode_rows(step.node, series, rows, offsets)
-                self._waiting.append(recorded)
-                self._waiting_bytes += len(recorded.value)
+                value = encode_rows(series, rows, offsets, step.start)
+                self._waiting.append(RecordedRows(step.node, series, value))
+                self._waiting_bytes += len(value)
                 self._pending[step.node, where].update(offsets)
         if self._waiting_bytes >= _GROUP_BYTES:
             self.commit()
@@ -358,6 +405,31 @@ class _Work:
                 f"{report.num_dropped} recorded spans were removed from the store before their rows were written",
                 "raise the store's quota; running again records them",
             )
+
+
+def _is_pairwise(where: Where) -> bool:
+    return where[0] in POINTS and POINTS[where[0]].is_pairwise
+
+
+def _deepest(points: Iterable[Where]) -> int | None:
+    """Return the last layer that has to be run for points, or None if all of the model has."""
+    layers = []
+    for name, layer in points:
+        if name not in _EARLY and layer is None:
+            return None
+        layers.append(layer or 0)
+    return max(layers)
+
+
+def _ranges(unseen: Mapping[Where, set[int]]) -> list[tuple[int, int]]:
+    """Return rising ranges of positions that have to go through the model."""
+    ranges: list[tuple[int, int]] = []
+    for position in sorted(set().union(*unseen.values())):
+        if ranges and position - ranges[-1][1] <= _GAP_TOKENS:
+            ranges[-1] = (ranges[-1][0], position + 1)
+        else:
+            ranges.append((position, position + 1))
+    return ranges
 
 
 @contextmanager

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from promptdb.activations import Series, merged, pack_entry, read_entry
+from promptdb.activations import Series, is_of, merged, pack_entry, read_entry
 from promptdb.errors import CorruptDataError
 from promptdb.events import warn
 from promptdb.eviction import keep_quota
@@ -18,10 +18,8 @@ from promptdb.format import (
     checksum,
 )
 from promptdb.ledger import Ledger, with_ledger
-from promptdb.rebuild import require_version
+from promptdb.rebuild import FIRST_VERSION_WITH_ACTIVATIONS, require_version
 from promptdb.tables import Index
-
-FIRST_VERSION_WITH_ACTIVATIONS = 3
 
 
 @dataclass(frozen=True)
@@ -94,7 +92,10 @@ def _put(ledger: Ledger, record: NodeRecord, recorded: RecordedRows) -> int:
         try:
             if checksum(key, content[CHECKSUM_BYTES:]) != content[:CHECKSUM_BYTES]:
                 raise CorruptDataError("the checksum of recorded activations does not hold")
-            blob = merged(read_entry(content[CHECKSUM_BYTES:]), read_entry(recorded.blob))
+            entry = read_entry(content[CHECKSUM_BYTES:])
+            if not is_of(entry, recorded.series, record.num_tokens, record.start):
+                raise CorruptDataError("recorded activations are not those of the span")
+            blob = merged(entry, read_entry(recorded.blob))
             if blob is None:
                 return 0
             value = pack_entry(key, blob)

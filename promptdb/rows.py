@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterable, Sequence
 from functools import cache
 from typing import TYPE_CHECKING
 
-from promptdb.activations import Series, pieces, series_of
+from promptdb.activations import Piece, Series, pieces, series_of
 from promptdb.buffers import POOL
 from promptdb.errors import CorruptDataError, InputTypeError, NotRecordedError, UnsupportedModelError
-from promptdb.hook_points import POINTS, canonical_name
+from promptdb.gather import Copy, copy_all
+from promptdb.hook_points import POINTS, HookVariableNames, canonical_name
 from promptdb.keys import num_tokens
 
 if TYPE_CHECKING:
@@ -77,8 +79,20 @@ def only_series(reader: Reader, match: Match, name: str, layer: int | None, dtyp
     return found[0] if found else Series(name, layer, "F32")
 
 
-def rows_of(snapshot: Snapshot, match: Match, series: Series, positions: Sequence[int] | None) -> torch.Tensor:
-    """Return rows of a prompt as a tensor of its own; raises as :meth:`PromptDB.activations` does."""
+def rows_of(
+    snapshot: Snapshot, match: Match, wanted: Sequence[Series], positions: Sequence[int] | None
+) -> list[torch.Tensor]:
+    """Return rows of a prompt as tensors of their own, of each series; raises as :meth:`PromptDB.activations` does."""
+    copies: list[Copy] = []
+    tensors = [_tensor(snapshot, match, series, positions, copies) for series in wanted]
+    copy_all(copies)
+    return tensors
+
+
+def _tensor(
+    snapshot: Snapshot, match: Match, series: Series, positions: Sequence[int] | None, copies: list[Copy]
+) -> torch.Tensor:
+    """Return the tensor of a series, and add what has to be copied into it to ``copies``."""
     import torch
 
     found, missing = pieces(snapshot, match, series, positions)
@@ -88,20 +102,40 @@ def rows_of(snapshot: Snapshot, match: Match, series: Series, positions: Sequenc
         raise NotRecordedError(
             f"{series}: {len(missing)} of {total} positions are not recorded{where}", "Recorder.run() records them"
         )
-    shape, width = found[0].entry.rows.shape[1:], found[0].entry.row_bytes
-    if any(piece.entry.rows.shape[1:] != shape for piece in found):
+    shape = found[0].entry.row_shape
+    if any(piece.entry.row_shape != shape for piece in found):
         raise CorruptDataError(f"rows of {series} have several shapes", "record them again after remove_activations()")
     if series.dtype not in _TORCH_NAMES:
         raise UnsupportedModelError(f"recorded activations of {series.dtype} cannot be read as a tensor")
     dtype, count = getattr(torch, _TORCH_NAMES[series.dtype]), sum(piece.count for piece in found)
-    memory = POOL.lease(count * width)
-    target, at = torch.frombuffer(memory, dtype=torch.uint8, count=count * width), 0
     _settle_warning()
+    if found[0].entry.lengths is not None:
+        fill = 0.0 if series.point == HookVariableNames.ATTN_PROBS else -math.inf
+        return _padded(found, (count, shape[0], num_tokens(match.packed)), dtype, fill)
+    width = found[0].entry.row_bytes
+    memory = POOL.lease(count * width)
+    target, at = memoryview(memory).cast("B"), 0
     for piece in found:
-        data = piece.entry.rows.data[piece.first * width : (piece.first + piece.count) * width]
-        target[at : at + len(data)].copy_(torch.frombuffer(data, dtype=torch.uint8))
+        data = piece.entry.data(piece.first, piece.count)
+        copies.append((target[at : at + len(data)], data))
         at += len(data)
-    return target.view(dtype).view(count, *shape)
+    return torch.frombuffer(memory, dtype=dtype, count=at // dtype.itemsize).view(count, *shape)
+
+
+def _padded(found: Sequence[Piece], shape: tuple[int, int, int], dtype: torch.dtype, fill: float) -> torch.Tensor:
+    """Return ragged rows ``[heads, i + 1]`` as one tensor ``[rows, heads, tokens]``, with ``fill`` after each."""
+    import torch
+
+    memory = POOL.lease(math.prod(shape) * dtype.itemsize)
+    target = torch.frombuffer(memory, dtype=dtype, count=math.prod(shape)).view(shape)
+    at = 0
+    for piece in found:
+        for number in range(piece.first, piece.first + piece.count):
+            row = torch.frombuffer(piece.entry.data(number, 1), dtype=dtype).view(shape[1], -1)
+            target[at, :, : row.shape[1]] = row
+            target[at, :, row.shape[1] :] = fill
+            at += 1
+    return target
 
 
 @cache

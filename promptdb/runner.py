@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import version
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -17,6 +18,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 
 from promptdb.cache import PromptCache
 from promptdb.errors import (
+    ModelError,
     ModelPlacementError,
     PromptTooLongError,
     TokenRangeError,
@@ -74,6 +76,8 @@ class Runner:
     Attributes
     ----------
     attach : makes a context manager that each forward pass runs in, for hooks.
+    is_causal : whether a token's results depend on those before it only. If not, a prompt is run in one pass or not at
+        all.
 
     Raises
     ------
@@ -98,6 +102,7 @@ class Runner:
         self._check_architecture(config, inner)
         self.masks = Masks(model, config)
         self.attach: Callable[[], AbstractContextManager[object]] = nullcontext
+        self.is_causal = True
         self._exact_ways: tuple[str, frozenset[str]] = ("", frozenset())
         # Whoever adds or replaces modules changes the model's identity, and gets another runner.
         self._modules = list(model.modules())
@@ -196,7 +201,7 @@ class Runner:
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         return {
             "torch": torch.__version__,
-            "transformers": version("transformers"),
+            "transformers": _transformers_version(),
             "device": name,
             "attention": self.attention,
             "dtype": str(self.model.dtype).removeprefix("torch."),
@@ -228,6 +233,9 @@ class Runner:
             On the CPU, but for logits, which stay where the model is.
         """
         end = token_ids.shape[0]
+        if not self.is_causal:
+            self._check_whole(start, end, end)
+            pass_tokens = end
         device = self.device
         on_device = token_ids.to(device)
         scores = TokenScores.unknown(end - start - 1)
@@ -251,7 +259,16 @@ class Runner:
         ----------
         token_ids : ``[n]`` int64 on the CPU.
         """
+        self._check_whole(first, last, token_ids.shape[0])
         self._forward(token_ids.to(self.device), cache, first, last)
+
+    def _check_whole(self, first: int, last: int, total: int) -> None:
+        if not self.is_causal and (first or last != total):
+            raise ModelError(
+                f"positions {first} to {last} of {total} by themselves: under hooks that are not causal, a prompt is "
+                "computed as a whole",
+                "this is a mistake of promptdb; please report it",
+            )
 
     def _forward(self, token_ids: torch.Tensor, cache: PromptCache, first: int, last: int) -> torch.Tensor:
         positions = torch.arange(first, last)
@@ -419,6 +436,11 @@ def token_logprobs(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         chosen = rows.gather(1, targets[first : first + rows_at_once, None])[:, 0]
         found[first : first + rows_at_once] = chosen - torch.logsumexp(rows, dim=1)
     return found
+
+
+@cache
+def _transformers_version() -> str:
+    return version("transformers")  # reads a file
 
 
 def _max_tokens(config: Any) -> int | None:

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
 
+from promptdb.activations import Series
 from promptdb.commits import PutRequest, SpanPayload
 from promptdb.kv import KvSource, encode_logits, encode_span, trim_blobs
 from promptdb.scores import TokenScores
 from promptdb.writer import WriteBehind
 
 if TYPE_CHECKING:
+    from promptdb.cache import PromptCache
     from promptdb.db import PromptDB
     from promptdb.keys import Root
+
+
+Beside = Callable[["PromptCache", int, int], Sequence[tuple[Series, memoryview]]]
 
 
 class Storer:
@@ -33,6 +38,8 @@ class Storer:
         self._write_behind = write_behind
         self.queue = WriteBehind(db.put_many)
         self._together = threading.local()  # requests: what this thread has collected
+        # What else is stored with tokens [start, end) of a cache: set by whoever records, under the engine's lock.
+        self.beside: Beside | None = None
 
     @contextmanager
     def together(self) -> Iterator[None]:
@@ -89,6 +96,7 @@ class Storer:
             This commit, or one before it, failed.
         """
         first = spans[0][0] if spans else len(packed) // 4
+        beside = self.beside
         payloads = [
             SpanPayload(
                 start,
@@ -97,6 +105,7 @@ class Storer:
                 encode_span(source, start + shift, end + shift, scores[start - first : end - first], root.kv_codec),
                 compute_s_per_token * (end - start),
                 provenance,
+                () if beside is None else beside(source.cache, start + shift, end + shift),
             )
             for start, end in spans
         ]
@@ -105,6 +114,7 @@ class Storer:
         collected = getattr(self._together, "requests", None)
         if self._write_behind:
             size_bytes = sum(len(blob) for payload in payloads for blob in payload.blobs.values())
+            size_bytes += sum(len(value) for payload in payloads for _, value in payload.recorded)
             self.queue.submit(request, size_bytes + sum(map(len, blobs.values())))
         elif collected is not None:
             collected.append(request)
@@ -113,7 +123,10 @@ class Storer:
 
 
 def from_position(payloads: Sequence[SpanPayload], position: int) -> list[SpanPayload]:
-    """Return the payloads from ``position`` on; one that begins before it loses its first tokens."""
+    """Return the payloads from ``position`` on; one that begins before it loses its first tokens.
+
+    What was recorded of that one is left out: a recorder looks at what arrived.
+    """
     kept = []
     for payload in payloads:
         if payload.end <= position:

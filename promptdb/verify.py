@@ -56,7 +56,7 @@ def verify(reader: Reader) -> list[Problem]:
     snapshot = Snapshot(reader, Verified("always"))
     totals: dict[bytes, Counter[str]] = defaultdict(Counter)
     roots: dict[bytes, bytes] = {}  # root digest by node
-    spans: dict[bytes, int] = {}  # length by node, in tokens
+    spans: dict[bytes, tuple[int, int]] = {}  # by node: length in tokens, and start
     starts: dict[bytes, bytes] = {}  # d(0) by root digest
     blob_keys: set[bytes] = set()
     child_keys: set[bytes] = set()
@@ -74,7 +74,7 @@ def verify(reader: Reader) -> list[Problem]:
             report(NODES, node, error.message)
             continue
         root = roots[node] = record.root.digest
-        spans[node] = record.num_tokens
+        spans[node] = record.num_tokens, record.start
         audit.node(node, record, len(value))
         if root not in starts:
             starts[root] = PrefixHasher(root, b"").at(0)
@@ -119,7 +119,7 @@ def verify(reader: Reader) -> list[Problem]:
             report(ACTIVATIONS, key, "no node owns these activations")
             continue
         try:
-            entry_of(snapshot, owner, Series.of_key(key), spans[owner])
+            entry_of(snapshot, owner, Series.of_key(key), *spans[owner])
         except CorruptDataError as error:
             report(ACTIVATIONS, key, error.message)
         totals[roots[owner]]["blob_bytes"] += len(value)
@@ -165,7 +165,7 @@ def repair(writer: Writer, *, read_blobs: bool) -> int:
     snapshot = Snapshot(writer, Verified("always"))
     totals: dict[Root, Counter[str]] = defaultdict(Counter)
     roots: dict[bytes, Root] = {}  # of nodes that hold
-    spans: dict[bytes, int] = {}
+    spans: dict[bytes, tuple[int, int]] = {}
     blob_keys: set[bytes] = set()
     entries: dict[bytes, bytes] = {}
     doomed = []
@@ -181,7 +181,7 @@ def repair(writer: Writer, *, read_blobs: bool) -> int:
         except CorruptDataError:
             doomed.append(node)
             continue
-        roots[node], spans[node] = record.root, record.num_tokens
+        roots[node], spans[node] = record.root, (record.num_tokens, record.start)
         totals[record.root].update(num_nodes=1, num_tokens=record.num_tokens, blob_bytes=record.size_bytes)
         blob_keys.update(node + kind.encode() for kind in record.blobs)
         entries[child_key(record.child_hash, record.span)] = node + record.span
@@ -197,7 +197,7 @@ def repair(writer: Writer, *, read_blobs: bool) -> int:
     for key, value in writer.scan(ACTIVATIONS):
         owner = key[:DIGEST_BYTES]
         try:
-            entry_of(snapshot, owner, Series.of_key(key), spans[owner])
+            entry_of(snapshot, owner, Series.of_key(key), *spans[owner])
             totals[roots[owner]]["blob_bytes"] += len(value)
         except (CorruptDataError, KeyError):
             records.append((ACTIVATIONS, key))

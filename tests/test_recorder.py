@@ -24,6 +24,7 @@ from promptdb.errors import (
     NotRecordedError,
     QuotaExceededError,
     ReadOnlyStoreError,
+    TokenRangeError,
     UnsupportedModelError,
 )
 from promptdb.format import ACTIVATIONS, META, STORE_KEY, unpack_record
@@ -256,7 +257,6 @@ def test_stores_say_that_they_hold_activations(store_path):
         (N.POST_MLP, {"layers": []}, InputTypeError, "nothing"),
         ("post-mlpp", {}, InputTypeError, "no point"),
         ("model.layers.9.mlp", {}, InputTypeError, "no module"),
-        (N.ATTN_PROBS, {}, UnsupportedModelError, "as long as the text"),
         (N.UNREDUCED_LOSS, {}, UnsupportedModelError, "token_logprobs"),
         (N.POST_MLP, {"dtype": "int8"}, InputTypeError, "cannot be stored"),
         (N.POST_MLP, {"positions": "all"}, InputTypeError, "integers"),
@@ -551,3 +551,86 @@ def test_engines_on_one_model_in_several_threads_keep_out_of_each_others_passes(
         for engine in engines:
             engine.close()
         assert db.verify() == []
+
+
+# Many prompts at once
+
+
+@pytest.mark.parametrize("arch", ["gpt2", "gemma2", "qwen3_moe"])
+def test_many_prompts_are_computed_as_one_tree(db, arch):
+    model = shared_model(arch)
+    prompts = [[*IDS[:12], number, *IDS[12 : 15 + number % 7]] for number in range(24)]
+    points = [N.POST_MLP, N.QUERY_STATES, N.KEY_STATES, N.LOGITS, N.PRE_ATTN]
+    with Engine(db, model, shared_tokenizer()) as engine:
+        assert "packed" in engine._extender.runner.exact_ways
+        counts, handle = passes(engine)
+        recordings = Recorder(engine, points, layers=1).run(prompts)
+        handle.remove()
+        distinct = {tuple(prompt[: n + 1]) for prompt in prompts for n in range(len(prompt))}
+        assert sum(counts) == len(distinct) == sum(each.tokens_computed for each in recordings)
+        assert len(counts) <= 3
+        for prompt, found in zip(prompts, recordings, strict=True):
+            for point, layer in found.points:
+                assert close(found.tensor(point, layer), expected(model, prompt, point, layer)), (point, layer)
+        assert all(each.num_rows == len(distinct) for each in db.recorded())
+        # They came with the spans: nothing is left to write when the spans are there.
+        assert engine._extender.storer.beside is None
+        assert db.verify() == []
+
+
+def test_rows_are_those_of_the_pass_and_the_prompt_that_they_are_stored_with(db):
+    """What is held in memory, and was not stored, is stored by a later prompt: without rows of some other pass."""
+    model = shared_model("llama")
+    with Engine(db, model, shared_tokenizer()) as engine:
+        engine.get(IDS[:50], store=False)
+        (held,) = Recorder(engine, N.POST_MLP, positions=slice(None)).run([IDS])
+        assert close(held.tensor(N.POST_MLP, 1), expected(model, IDS, N.POST_MLP, 1))
+        other = [5, *IDS[:40]]
+        engine.get(other, store=False)
+        for recording in Recorder(engine, N.POST_MLP).run([[*other, 1], [*other, 2], other[:20]]):
+            ids = list(recording.token_ids)
+            for layer in range(2):
+                assert close(recording.tensor(N.POST_MLP, layer), expected(model, ids, N.POST_MLP, layer))
+        # A span that somebody else stored in part meanwhile loses its rows, which are then computed.
+        third = [6, *IDS[:40]]
+        put = db.put_many
+
+        def first_another(requests):
+            db.put_many = put
+            with Engine(db, model, shared_tokenizer(), write_behind=False) as second:
+                second.put(third[:25])
+            return put(requests)
+
+        with Engine(db, model, shared_tokenizer(), write_behind=False) as late:
+            late._extender.storer._db.put_many = first_another
+            (found,) = Recorder(late, N.POST_MLP).run([third])
+        for layer in range(2):
+            assert close(found.tensor(N.POST_MLP, layer), expected(model, third, N.POST_MLP, layer))
+        assert db.verify() == []
+
+
+def test_an_error_leaves_no_hooks_and_what_came_before_stored(db):
+    model = shared_model("llama")
+
+    def prompts():
+        yield IDS
+        yield [3, *IDS]
+        raise OSError("the file is gone")
+
+    with Engine(db, model, shared_tokenizer()) as engine:
+        runner = engine._extender.runner
+        attach = runner.attach
+        for positions in (None, [1, 2]):
+            with pytest.raises(OSError, match="gone"):
+                Recorder(engine, N.POST_MLP, positions=positions).run(prompts())
+            with pytest.raises(TokenRangeError, match="100000"):
+                Recorder(engine, N.POST_MLP, positions=positions).run([[7, *IDS], [100_000]])
+            assert runner.attach is attach
+            assert engine._extender.storer.beside is None
+        for prompt in (IDS, [3, *IDS], [7, *IDS]):
+            rows = db.activations(prompt, N.POST_MLP, 1)
+            assert close(rows, expected(model, prompt, N.POST_MLP, 1))
+        before = db.recorded()
+        engine.put([8, *IDS])
+        assert db.recorded() == before
+        assert Recorder(engine, N.POST_MLP).run([]) == []
