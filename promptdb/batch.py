@@ -228,7 +228,7 @@ class _Window:
                 runner.check_placement()
                 self._extender.storer.queue.flush()
                 if not attempts:
-                    self._extender.pull(root, self._prompts)
+                    self._extender.pull(root, self._prompts, store=self._store)
                 healed = self._extender.loader.num_healed
                 try:
                     results = self._attempt(root, blindly=attempts == _ATTEMPTS - 1)
@@ -237,6 +237,9 @@ class _Window:
                 except VanishedError:
                     # What was damaged is a miss from now on: there may be more of it.
                     attempts += self._extender.loader.num_healed == healed
+                except BaseException:
+                    self._extender.give_up()
+                    raise
         raise ModelError("the model's weights change while they are used", "change them between calls")
 
     def _attempt(self, root: Root, *, blindly: bool) -> list[Result]:

@@ -109,13 +109,38 @@ class Extender:
                 match = self._match(root, packed)
         return self._strictly(match) if self._strict and not match.is_damaged else match
 
-    def pull(self, root: Root, prompts: Sequence[Prompt]) -> bool:
+    def pull(self, root: Root, prompts: Sequence[Prompt], *, store: bool) -> bool:
         """Fetch from the shared store, if there is one, what the local one lacks of prompts; return whether it got any.
 
+        Parameters
+        ----------
+        store : what is still missing then is computed and stored. Others are told, and if they compute it already, they
+            are waited for as long as that is sooner.
+
+        Notes
+        -----
         What is held in memory needs nothing. Waits for what is being written of a prompt.
         """
         if self.tier is None:
             return False
+        wants, rates = self._wants(root, prompts), self.cost.rates
+        if not wants:
+            return False
+        rate = rates.get("compute_tokens_per_s")
+        found = self.tier.pull(root, wants, rate) > 0
+        if store:
+            found |= self.tier.leases.settle(
+                root, lambda: self._wants(root, prompts), rate, rates.get("kv_bytes_per_token")
+            )
+        return found
+
+    def give_up(self) -> None:
+        """Let other machines know that what was to be computed here will not be."""
+        if self.tier is not None:
+            self.tier.leases.give_up()
+
+    def _wants(self, root: Root, prompts: Sequence[Prompt]) -> list[Want]:
+        """Return the prompts of which the local store has too little."""
         wants = []
         for prompt in prompts:
             packed = prompt.packed
@@ -125,7 +150,7 @@ class Extender:
             match = self._match(root, packed)
             if not match.is_complete and not match.is_damaged:
                 wants.append(Want(packed, prompt.boundaries, match.num_tokens, match.has_logits))
-        return bool(wants) and self.tier.pull(root, wants, self.cost.rates.get("compute_tokens_per_s")) > 0
+        return wants
 
     def _match(self, root: Root, packed: bytes) -> Match:
         return self.match_all(root, [packed])[0]

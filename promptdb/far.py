@@ -32,10 +32,12 @@ class FarStore(Protocol):
     ----------
     name : where it is, without secrets.
     first_batch : how many keys may be asked for at once before it is slow.
+    has_leases : whether :meth:`lease` takes anything: what ends by itself must be cheap.
     """
 
     name: str
     first_batch: int
+    has_leases: bool
 
     def exists(self, keys: Sequence[str]) -> list[bool]:
         """Return which values are there, whole. Counts as a use of them, where the engine evicts by use."""
@@ -48,6 +50,15 @@ class FarStore(Protocol):
 
     def delete(self, keys: Sequence[str]) -> None:
         """Remove values, and what is left of broken ones."""
+
+    def lease(self, keys: Sequence[str], holder: str, ttl_s: float) -> list[float]:
+        """Take keys, which have no values, for a time, unless others have them.
+
+        Returns for each 0, or the seconds that another holder still has it for. A hint: nothing is kept from anybody.
+        """
+
+    def release(self, keys: Sequence[str], holder: str) -> None:
+        """Give back what a holder took, as far as it has it."""
 
     def list(self, prefix: str) -> Iterator[str]:
         """Yield the keys under a prefix that ends with ``/``, in any order. Slow; what is put meanwhile may show."""

@@ -41,6 +41,7 @@ class Counts:
     lost : values that were gone, wholly or in part.
     skipped : lookups and fetches not made because computing is faster.
     too_large : spans that the far side should not hold.
+    waits, waited_s : times, and seconds in all, that somebody else was waited for, who computed the same.
     """
 
     lookups: int = 0
@@ -54,6 +55,8 @@ class Counts:
     lost: int = 0
     skipped: int = 0
     too_large: int = 0
+    waits: int = 0
+    waited_s: float = 0.0
 
 
 class FarCalls:
@@ -106,6 +109,10 @@ class FarCalls:
         if not self.pause_s():
             with suppress(SharedError):
                 self._submit(work)
+
+    def lease(self, keys: Sequence[str], holder: str, ttl_s: float) -> list[float]:
+        """Take leases; see :meth:`promptdb.far.FarStore.lease`. To the far side that is writing, and callers wait."""
+        return self._ask(self.writing, lambda far: far.lease(keys, holder, ttl_s), self.wait_s)
 
     def write(self, work: Callable[[FarStore], Result]) -> Result:
         """Send something; the engine's own timeouts bound each part of it, and nobody waits for it but the sender."""

@@ -22,6 +22,8 @@ class FarLayers:
         self._layers = layers
         self.name = " ".join(layer.name for layer in layers)
         self.first_batch = min(layer.first_batch for layer in layers)  # what is not in front is asked for behind
+        self._with_leases = next((layer for layer in layers if layer.has_leases), None)
+        self.has_leases = self._with_leases is not None
 
     def exists(self, keys: Sequence[str]) -> list[bool]:
         """Return which values are in any layer."""
@@ -85,6 +87,15 @@ class FarLayers:
         """Remove values from all layers."""
         for layer in self._layers:
             layer.delete(keys)
+
+    def lease(self, keys: Sequence[str], holder: str, ttl_s: float) -> list[float]:
+        """Take keys in the first layer that knows leases."""
+        return [0.0] * len(keys) if self._with_leases is None else self._with_leases.lease(keys, holder, ttl_s)
+
+    def release(self, keys: Sequence[str], holder: str) -> None:
+        """Give them back there."""
+        if self._with_leases is not None:
+            self._with_leases.release(keys, holder)
 
     def list(self, prefix: str) -> Iterator[str]:
         """Yield the keys of the last layer, which keeps most."""

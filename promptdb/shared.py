@@ -18,6 +18,7 @@ from promptdb.far import FarStore
 from promptdb.far_calls import FarCalls
 from promptdb.far_open import open_far
 from promptdb.keys import Root
+from promptdb.leases import Leases
 from promptdb.outbox import SPAN, Waiting, take_out, waiting
 from promptdb.parcel import Parcel, load_logits, load_parcel
 from promptdb.pulling import Puller, Want
@@ -79,6 +80,7 @@ class Tier:
         self.calls = FarCalls(far or open_far(options), options)
         trust = Trust(options.trust) if options.trust else None
         self.puller = Puller(db, self.calls, trust)
+        self.leases = Leases(db, self.calls, self.puller)
         self.pusher = Pusher(self.calls, Signer(options.sign_with) if options.sign_with else None)
         self._wake = threading.Condition()
         self._is_closing = False
@@ -201,6 +203,7 @@ class Tier:
         if self._is_closing:
             return
         thread = self._thread
+        self.leases.close()
         try:
             if thread is not None and thread is not threading.current_thread():
                 self.flush(_CLOSE_WAIT_S)

@@ -21,7 +21,7 @@ NONE = "none"
 _KEY = b"shared"
 REDIS_SCHEMES = ("redis", "rediss", "redis+cluster", "rediss+cluster")
 OBJECT_SCHEMES = ("s3", "s3a", "gs", "az", "file")
-_SECONDS = ("timeout_s", "connect_timeout_s", "deadline_s", "ttl_s")
+_SECONDS = ("timeout_s", "connect_timeout_s", "deadline_s", "ttl_s", "lease_s")
 _FLAGS = ("readonly",)
 
 
@@ -37,6 +37,8 @@ class SharedOptions:
     connect_timeout_s : how long connecting may take.
     deadline_s : how long a call may wait for everything that it fetches.
     ttl_s : how long what is written lives there, if the engine can tell (Redis can).
+    lease_s : for how long at most others are told what is computed here, so that they may wait for it; 0: they are not,
+        and nobody is waited for. Object stores and directories do without.
     concurrency : how many values are fetched or sent at once.
     readonly : nothing is written there.
     sign_with : file with the private key that values are signed with; see :mod:`promptdb.signing`.
@@ -49,6 +51,7 @@ class SharedOptions:
     connect_timeout_s: float = 1.0
     deadline_s: float = 30.0
     ttl_s: float | None = None
+    lease_s: float = 60.0
     concurrency: int = 4
     readonly: bool = False
     sign_with: str = ""
@@ -63,7 +66,9 @@ class SharedOptions:
                 raise SharedError(f"{without_secrets(url)!r} is no URL of a shared store", f"known are {known}")
         for name in _SECONDS:
             value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0):
+            is_off = name == "lease_s" and value == 0
+            is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if value is not None and not is_off and not (is_number and value > 0):
                 raise SharedError(f"{name} of the shared store is {value!r}", "give a number of seconds above zero")
         if type(self.concurrency) is not int or not 1 <= self.concurrency <= 64:
             raise SharedError(f"concurrency of the shared store is {self.concurrency!r}", "give a number from 1 to 64")

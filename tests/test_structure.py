@@ -28,7 +28,7 @@ ORDER = (
     "doctor", "metrics", "migrate", "testing",
     "frames", "streams", "intake", "outgoing", "deposit", "incoming", "archive", "backup",
     "far", "far_redis", "far_objects", "far_layers", "far_open", "testing_shared",
-    "breaker", "signing", "parcel", "far_index", "far_calls", "pulling", "pushing", "shared", "shared_sync",
+    "breaker", "signing", "parcel", "far_index", "far_calls", "pulling", "leases", "pushing", "shared", "shared_sync",
     "cost", "explain",
     "ambient", "cache", "staging", "scores", "quantise", "kv", "masks", "runner", "probe",
     "hook_attention", "hook_loss", "hook_wiring", "hooked_model", "hooks", "interventions",
