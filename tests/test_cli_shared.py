@@ -164,6 +164,21 @@ def test_warm(tmp_path, url):
     assert second["tokens_fetched"] == first["tokens_computed"]
     assert "0 tokens computed" in run("warm", "--db", tmp_path / "two", *options).stdout
     assert "no shared store" in run("warm", "--db", tmp_path / "two", *options[:-2], code=2).output
+    texts = ("Hello there. General Kenobi",)
+    found = run_json("get", "--model", model, "--db", tmp_path / "two", *texts)
+    assert (found["tokens_fetched"], found["is_complete"]) == (0, True)
+    run("put", "--model", model, "--db", tmp_path / "six", "Something else.")  # so that it knows the model
+    assert run_json("get", "--model", model, "--db", tmp_path / "six", *texts, code=1)["num_stored"] == 0
+    found = run_json("get", "--model", model, "--db", tmp_path / "six", "--shared", url, *texts)
+    assert found["tokens_fetched"] == found["num_tokens"] == found["num_stored"]
+    assert (found["tokens_computed"], found["is_complete"]) == (0, True)
+    found = run_json("get", "--model", model, "--db", tmp_path / "five", "--shared", url, "--compute", *texts)
+    assert (found["tokens_fetched"], found["tokens_computed"]) == (found["num_tokens"], 0)
+    pair = ("Hello there.", " General Kenobi")
+    assert run_json("score", "--model", model, "--db", tmp_path / "seven", *pair)["tokens_computed"] > 0
+    assert (
+        run_json("score", "--model", model, "--db", tmp_path / "eight", "--shared", url, *pair)["tokens_computed"] == 0
+    )
     put_options = ("--model", model, "--shared", url, "--db", tmp_path / "three")
     assert run_json("put", *put_options, "Hello there. General Kenobi")["tokens_computed"] == 0
     assert run_json("put", *put_options[:2], "--db", tmp_path / "four", "Hello there.")["tokens_computed"] > 0
