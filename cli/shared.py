@@ -15,7 +15,7 @@ import click
 from promptdb.archive import Selection
 from promptdb.db import PromptDB
 from promptdb.errors import SharedError
-from promptdb.far import FarStore
+from promptdb.far import FarStore, check_not_sealed
 from promptdb.keys import Root
 from promptdb.pushing import PushReport
 from promptdb.shared import Tier, connect
@@ -241,6 +241,8 @@ def status(shared: str | None, path: str | None, as_json: bool) -> None:
         may_write = db.shared is not None and not db.shared.readonly
         found: dict[str, Any] = {"url": tier.calls.far.name, "waiting": tier.num_waiting(), "reachable": True}
         try:
+            if not tier.options.key:
+                check_not_sealed(tier.calls.far)
             found |= measured(tier.calls.far, write=may_write)
         except SharedError as error:
             found |= {"reachable": False, "reason": error.message, "hint": error.hint}
@@ -284,7 +286,7 @@ def _status_fields(found: dict[str, Any]) -> dict[str, str]:
         fields |= {"answers": f"in {duration(found['round_trip_s'])}"}
         if "send_bytes_per_s" in found:
             fields["speed"] = f"{size(found['send_bytes_per_s'])}/s there, {size(found['fetch_bytes_per_s'])}/s back"
-        shown = {"server": "server", "policy": "evicts by", "nodes": "primaries"}
+        shown = {"server": "server", "policy": "evicts by", "nodes": "primaries", "encrypted": "encrypted"}
         fields |= {title: str(found[name]) for name, title in shown.items() if name in found}
         if "used_bytes" in found:
             limit = found["maxmemory_bytes"]

@@ -16,6 +16,9 @@ class TooLargeError(SharedError):
     """A value that the far side should not hold, however often it is tried."""
 
 
+MARK = "k/sealed"
+"""Key of what says that a store is encrypted; see :mod:`promptdb.far_sealed`."""
+
 Bytes = bytes | bytearray | memoryview
 Pieces = Sequence[Bytes]  # of one value, in order: joining them would be a copy
 
@@ -73,3 +76,13 @@ class FarStore(Protocol):
 def joined(pieces: Pieces) -> bytes:
     """Return a value's bytes in one piece."""
     return bytes(pieces[0]) if len(pieces) == 1 else b"".join(pieces)
+
+
+def check_not_sealed(far: FarStore) -> None:
+    """Raise :class:`SharedError` if a store is sealed, for those who have no key: what they send could be read."""
+    (mark,) = far.get([MARK])
+    if mark is not None:
+        raise SharedError(
+            f"{far.name}: it is encrypted, and there is no key",
+            "set PROMPTDB_SHARED_KEY or PROMPTDB_SHARED_KEY_FILE to the team's key",
+        )

@@ -10,7 +10,7 @@ from functools import partial
 from blake3 import blake3
 
 from promptdb.errors import CorruptDataError
-from promptdb.far import Bytes, FarStore, TooLargeError, joined
+from promptdb.far import Bytes, FarStore, TooLargeError, check_not_sealed, joined
 from promptdb.far_calls import FarCalls
 from promptdb.far_index import Entry, logits_key, root_key, span_key, value_key
 from promptdb.format import TOTALS, pack_root
@@ -65,9 +65,11 @@ class Pusher:
         report = PushReport()
         self._announce({parcel.root.digest: parcel.root for parcel in parcels})
         waiting = [(self._logits_key(each) if logits_only else _key(each), each) for each in parcels]
+        lost_races: list[tuple[str, Parcel]] = []
         for _ in range(_MOST_TURNS):
             if not waiting:
                 break
+            self._clear_unreadable([key for key, _ in lost_races])
             new, again, logits, present = self._compare(waiting, logits_only=logits_only)
             sent, lost_races = self._send(new)
             report += sent + PushReport(num_present=present)
@@ -80,6 +82,14 @@ class Pusher:
         counts.too_large += report.num_too_large
         return report
 
+    def _clear_unreadable(self, keys: Sequence[str]) -> None:
+        """Take out what keeps entries from being created and cannot be read either: it was damaged on the far side."""
+        if keys:
+            found = self._calls.read(lambda far: far.get(keys))
+            unreadable = [key for key, pieces in zip(keys, found, strict=True) if pieces is None]
+            if unreadable:
+                self._calls.write(partial(_delete, unreadable))
+
     @staticmethod
     def _logits_key(parcel: Parcel) -> str:
         digest = PrefixHasher(parcel.root.digest, parcel.packed).at(parcel.record.end)
@@ -89,6 +99,8 @@ class Pusher:
         """Enter roots, so that others can list what is there."""
         new = {digest: root for digest, root in roots.items() if digest not in self._known_roots}
         if new:
+            if not self._calls.options.key and not self._known_roots:
+                self._calls.write(check_not_sealed)
             items = [(root_key(root), pack_root(root, dict.fromkeys(TOTALS, 0))) for root in new.values()]
             self._calls.write(lambda far: far.put(items))
             self._known_roots |= set(new)

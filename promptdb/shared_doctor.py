@@ -14,7 +14,7 @@ from urllib.parse import parse_qs, urlsplit
 
 from promptdb.db import PromptDB
 from promptdb.errors import PromptDBError, SharedError
-from promptdb.far import FarStore
+from promptdb.far import FarStore, check_not_sealed
 from promptdb.far_open import open_far
 from promptdb.finding import ERROR, NOTE, OK, WARNING, Finding
 from promptdb.outbox import oldest_unix_s, waiting
@@ -97,6 +97,8 @@ def _answers(far: FarStore, options: SharedOptions) -> Iterator[Finding]:
     """Yield whether the far side answers, and what it says of itself; then whether it takes what is sent."""
     key = f"x/{secrets.token_hex(8)}"
     try:
+        if not options.key:
+            check_not_sealed(far)
         far.get([key])
         began = perf_counter()
         far.get([key])
@@ -106,6 +108,8 @@ def _answers(far: FarStore, options: SharedOptions) -> Iterator[Finding]:
         yield Finding(ERROR, f"shared store: {error.message}", error.hint)
         return
     yield Finding(OK, f"shared store: {far.name} answers in {1000 * trip_s:,.3g} ms")
+    if options.key:
+        yield Finding(OK, "shared store: what is sent is encrypted with the team's key")
     yield from _room(facts)
     if options.readonly:
         yield Finding(OK, "shared store: only read from here")

@@ -27,7 +27,7 @@ ORDER = (
     "recordings", "dataset", "rows", "recall", "opening", "db", "shards",
     "metrics", "migrate", "testing",
     "frames", "streams", "intake", "outgoing", "deposit", "incoming", "archive", "backup",
-    "far", "far_redis", "far_objects", "far_layers", "far_open", "testing_shared",
+    "far", "far_redis", "far_objects", "far_layers", "far_sealed", "far_open", "testing_shared",
     "breaker", "signing", "parcel", "far_index", "far_calls", "pulling", "leases", "pushing", "shared", "shared_sync",
     "finding", "shared_doctor", "doctor",
     "cost", "explain",
