@@ -17,6 +17,7 @@ from promptdb.db import PromptDB
 from promptdb.errors import SharedError
 from promptdb.far import FarStore, check_not_sealed
 from promptdb.keys import Root
+from promptdb.labels import check_name
 from promptdb.pushing import PushReport
 from promptdb.shared import Tier, connect
 from promptdb.shared_options import NONE, PASSWORD_VARIABLE, store_url, stored_url, without_secrets
@@ -50,10 +51,8 @@ def opened(path: str | None, shared: str | None, *, readonly: bool = False) -> I
 
 
 def _selected(db: PromptDB, node: str | None, model: str | None, namespace: str | None, tag: str | None) -> Selection:
-    if node is not None and (model is not None or namespace is not None or tag is not None):
-        raise click.UsageError("NODE is one span, and what goes on from it: no --model, --namespace or --tag beside it")
     return Selection(
-        node=None if node is None else find_node(db, node),
+        node=_one_kind(db, node, model, namespace, tag),
         weights_ids=None if model is None else frozenset(find_weights(db, model)),
         namespace=namespace,
         tag=tag,
@@ -117,30 +116,55 @@ def _print_pushed(report: PushReport, where: str) -> None:
 
 
 @click.command(short_help="Fetch everything that the shared store has.")
+@click.argument("node", required=False)
 @click.option("--model", metavar="M", help="Only of this model: a directory or name known here, or the start of an ID.")
 @click.option("--namespace", metavar="NAME", help="Only of this namespace; '' is the one without a name.")
+@click.option("--tag", metavar="NAME", help="Only prompts that were pushed with this tag; they get it here, too.")
 @shared_option
 @store_options
-def pull(model: str | None, namespace: str | None, shared: str | None, path: str | None, as_json: bool) -> None:
+def pull(
+    node: str | None,
+    model: str | None,
+    namespace: str | None,
+    tag: str | None,
+    shared: str | None,
+    path: str | None,
+    as_json: bool,
+) -> None:
     """Fetch everything that the shared store has.
 
     What is here is skipped, so a pull that was interrupted is started again. Everything is checked before it is stored.
-    Prompts that are asked for come by themselves; this is for machines that will be offline, or want no delays.
+    With NODE, a node ID as `promptdb ls` prints it: what continues that span. Prompts that are asked for come by
+    themselves; this is for machines that will be offline, or want no delays.
 
     Exit code: 0 if everything is here now, 1 if something did not hold or was gone.
 
     \b
     Examples:
       promptdb pull --shared s3://bucket/promptdb
+      promptdb pull --tag evaluation
+      promptdb pull 3f2a91
       promptdb pull --model demo --json
     """
     with opened(path, shared, readonly=True) as (db, tier):
-        report = _pull(db, tier, _wanted(db, model, namespace))
+        selection = _one_kind(db, node, model, namespace, tag)
+        report = _pull(db, tier, _wanted(db, model, namespace), selection, tag)
     if as_json:
         print_json(asdict(report))
     else:
         _print_pulled(report, str(db.path))
     click.get_current_context().exit(1 if report.num_rejected or report.num_lost else 0)
+
+
+def _one_kind(
+    db: PromptDB, node: str | None, model: str | None, namespace: str | None, tag: str | None
+) -> bytes | None:
+    """Return the span that was asked for, if one was."""
+    if node is not None and (model is not None or namespace is not None or tag is not None):
+        raise click.UsageError("NODE is one span, and what goes on from it: no --model, --namespace or --tag beside it")
+    if tag is not None:
+        check_name(tag, may_be_empty=False)
+    return None if node is None else find_node(db, node)
 
 
 def _wanted(db: PromptDB, model: str | None, namespace: str | None) -> Callable[[Root], bool]:
@@ -164,9 +188,9 @@ def _unknown_here(model: str) -> Iterator[None]:
         raise Failure(error.message, "give the start of its weights ID: `promptdb models` shows it", 1) from error
 
 
-def _pull(db: PromptDB, tier: Tier, wants: Callable[[Root], bool]) -> PullReport:
+def _pull(db: PromptDB, tier: Tier, wants: Callable[[Root], bool], node: bytes | None, tag: str | None) -> PullReport:
     with progress_bar("fetched", None) as progress:
-        return pull_all(db, tier, wants, lambda done, total: progress(done))
+        return pull_all(db, tier, wants, lambda done, total: progress(done), node=node, tag=tag)
 
 
 def _print_pulled(report: PullReport, where: str) -> None:
@@ -182,11 +206,21 @@ def _print_pulled(report: PullReport, where: str) -> None:
 
 
 @click.command(short_help="Send and fetch: afterwards both stores have everything.")
+@click.argument("node", required=False)
 @click.option("--model", metavar="M", help=MODEL_HELP)
 @click.option("--namespace", metavar="NAME", help="Only of this namespace; '' is the one without a name.")
+@click.option("--tag", metavar="NAME", help="Only prompts that have this tag, here or there.")
 @shared_option
 @store_options
-def sync(model: str | None, namespace: str | None, shared: str | None, path: str | None, as_json: bool) -> None:
+def sync(
+    node: str | None,
+    model: str | None,
+    namespace: str | None,
+    tag: str | None,
+    shared: str | None,
+    path: str | None,
+    as_json: bool,
+) -> None:
     """Send and fetch: afterwards both stores have everything.
 
     As `promptdb push` and then `promptdb pull`. Can be interrupted and started again.
@@ -194,13 +228,15 @@ def sync(model: str | None, namespace: str | None, shared: str | None, path: str
     \b
     Examples:
       promptdb sync --shared redis://cache.example:6379
+      promptdb sync --tag evaluation
       promptdb sync --namespace experiments --json
     """
     with opened(path, shared) as (db, tier):
+        chosen = _one_kind(db, node, model, namespace, tag)
         wants = _wanted(db, model, namespace)
         weights = None if model is None else frozenset(root.weights_id for root, _ in db.roots() if wants(root))
-        sent = _push(db, tier, Selection(weights_ids=weights, namespace=namespace))
-        fetched = _pull(db, tier, wants)
+        sent = _push(db, tier, Selection(node=chosen, weights_ids=weights, namespace=namespace, tag=tag))
+        fetched = _pull(db, tier, wants, chosen, tag)
         where = tier.calls.far.name
     if as_json:
         print_json({"sent": asdict(sent), "fetched": asdict(fetched)})

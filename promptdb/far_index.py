@@ -5,6 +5,7 @@
 ``l/<root>/<prefix>``               entry of the logits after a prefix, where no span's value has them
 ``v/<digest>``                      value: an archive with one span (:mod:`promptdb.parcel`)
 ``r/<root>``                        record of a root, as in the table ``roots``
+``t/<tag>/<root><prefix>``          prompt that has a tag (:mod:`promptdb.shared_tags`)
 ``c/<root>/<prefix>``               lease: somebody computes the tokens up to the end of a prefix
 ==================================  ===========================================================================
 
@@ -23,7 +24,7 @@ from promptdb.intake import MAX_PROMPT_TOKENS
 from promptdb.keys import DIGEST_BYTES, TOKEN_BYTES, PrefixHasher, Root, child_key, common_prefix, node_id, num_tokens
 from promptdb.opening import MAX_CHUNK_TOKENS
 
-SPANS, LOGITS_ENTRIES, VALUES, ROOTS, LEASES = "i/", "l/", "v/", "r/", "c/"
+SPANS, LOGITS_ENTRIES, VALUES, ROOTS, LEASES, TAGS = "i/", "l/", "v/", "r/", "c/", "t/"
 MAX_VALUE_BYTES = 4 << 30
 
 

@@ -67,7 +67,7 @@ class Puller:
     """
 
     def __init__(self, db: PromptDB, calls: FarCalls, trust: Trust | None) -> None:
-        self._db, self._calls, self._trust = db, calls, trust
+        self._db, self._calls, self.trust = db, calls, trust
         self._num_declined = 0
         self._is_local_failure_known = False
         self._touched: dict[str, float] = {}  # key of the last ancestor -> when
@@ -94,7 +94,7 @@ class Puller:
         try:
             if not wants or not self._is_worth(wants, compute_tokens_per_s):
                 return 0
-            items = self._find(root, wants, compute_tokens_per_s)
+            items = self.find(root, wants, compute_tokens_per_s)
             return self.fetch(items) if items else 0
         except SharedError as error:
             if self._calls.options.required:
@@ -119,7 +119,14 @@ class Puller:
 
     # Finding
 
-    def _find(self, root: Root, wants: Sequence[Want], rate: float | None) -> list[Item]:
+    def find(self, root: Root, wants: Sequence[Want], rate: float | None = None) -> list[Item]:
+        """Return what there is to fetch of prompts: all of it, or, if the model's rate is known, what that is good for.
+
+        Raises
+        ------
+        SharedError
+            The far side fails.
+        """
         calls, counts = self._calls, self._calls.counts
         chunk = self._db.chunk_tokens
         walks = [Walk(root, want.packed, want.start, want.boundaries, chunk) for want in wants]
@@ -189,7 +196,7 @@ class Puller:
             except CorruptDataError as error:
                 self._reject(key, error.message, [key])
                 continue
-            if self._trust is not None and not self._trust.holds(entry.message(key), entry.public_key, entry.signature):
+            if self.trust is not None and not self.trust.holds(entry.message(key), entry.public_key, entry.signature):
                 # Left where it is: others may trust whoever wrote it.
                 self._reject(key, "not signed by anybody trusted", [])
                 continue

@@ -46,7 +46,7 @@ class Pusher:
     """
 
     def __init__(self, calls: FarCalls, signer: Signer | None) -> None:
-        self._calls, self._signer = calls, signer
+        self._calls, self.signer = calls, signer
         self._known_roots: set[bytes] = set()
         self._has_told_size = False
 
@@ -168,10 +168,10 @@ class Pusher:
         return PushReport(len(won), sum(won), 0, len(parcels) - len(kept)), lost
 
     def _signed(self, key: str, entry: Entry) -> Entry:
-        if self._signer is None:
+        if self.signer is None:
             return entry
-        signature = self._signer.sign(entry.message(key))
-        return Entry(**{**vars(entry), "public_key": self._signer.public_key, "signature": signature})
+        signature = self.signer.sign(entry.message(key))
+        return Entry(**{**vars(entry), "public_key": self.signer.public_key, "signature": signature})
 
     def _tell_size(self, parcel: Parcel, size_bytes: int) -> None:
         say = logger.debug if self._has_told_size else logger.warning

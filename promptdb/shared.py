@@ -75,7 +75,7 @@ class Tier:
     """
 
     def __init__(self, db: PromptDB, options: SharedOptions, far: FarStore | None = None) -> None:
-        self._db = db
+        self.db = db
         self.options = options
         self.calls = FarCalls(far or open_far(options), options)
         trust = Trust(options.trust) if options.trust else None
@@ -98,7 +98,7 @@ class Tier:
 
     def num_waiting(self, most: int = 1 << 20) -> int:
         """Return how many spans and logits wait to be sent, up to a number."""
-        with self._db.read() as snapshot:
+        with self.db.read() as snapshot:
             return len(waiting(snapshot.reader, most))
 
     def flush(self, wait_s: float | None = None) -> bool:
@@ -126,11 +126,11 @@ class Tier:
 
     def _send_some(self) -> bool:
         """Send the oldest entries of the outbox, if no other process does; return whether there may be more."""
-        with self._db.read() as snapshot:
+        with self.db.read() as snapshot:
             entries = waiting(snapshot.reader, _BATCH_ENTRIES)
         if not entries or self.calls.pause_s() or monotonic() < self._not_before:
             return False
-        with _claim(self._db.path) as is_ours:
+        with _claim(self.db.path) as is_ours:
             if not is_ours:
                 return False
             done: list[bytes] = []
@@ -149,15 +149,15 @@ class Tier:
                 self.pusher.push(spans)
             if logits:
                 self.pusher.push(logits, logits_only=True)
-            self._db._index.transact(lambda writer: take_out(writer, done))
+            self.db._index.transact(lambda writer: take_out(writer, done))
         return True
 
     def _load(self, entry: Waiting) -> Parcel | None:
         """Return what an entry names, or None if it is gone or damaged: then there is nothing to send."""
         try:
             if entry.kind == SPAN:
-                return load_parcel(self._db, entry.identity)
-            return load_logits(self._db, entry.identity)
+                return load_parcel(self.db, entry.identity)
+            return load_logits(self.db, entry.identity)
         except (NodeNotFoundError, CorruptDataError) as error:
             logger.debug("not sent to the shared store: %s", error)
             return None

@@ -28,7 +28,7 @@ ORDER = (
     "metrics", "migrate", "testing",
     "frames", "streams", "intake", "outgoing", "deposit", "incoming", "archive", "backup",
     "far", "far_redis", "far_objects", "far_layers", "far_sealed", "far_open", "testing_shared",
-    "breaker", "signing", "parcel", "far_index", "far_calls", "pulling", "leases", "pushing", "shared", "shared_sync",
+    "breaker", "signing", "parcel", "far_index", "far_calls", "pulling", "leases", "pushing", "shared", "shared_tags", "shared_parts", "shared_sync",
     "finding", "shared_doctor", "doctor",
     "cost", "explain",
     "ambient", "cache", "staging", "scores", "quantise", "kv", "masks", "runner", "probe",
