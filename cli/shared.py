@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
-from time import perf_counter
 from typing import Any
 
 import click
@@ -15,11 +12,12 @@ import click
 from promptdb.archive import Selection
 from promptdb.db import PromptDB
 from promptdb.errors import SharedError
-from promptdb.far import FarStore, check_not_sealed
+from promptdb.far import check_not_sealed
 from promptdb.keys import Root
 from promptdb.labels import check_name
 from promptdb.pushing import PushReport
 from promptdb.shared import Tier, connect
+from promptdb.shared_counts import read_shared_counts
 from promptdb.shared_options import NONE, PASSWORD_VARIABLE, store_url, stored_url, without_secrets
 from promptdb.shared_sync import PullReport
 from promptdb.shared_sync import pull as pull_all
@@ -31,10 +29,9 @@ from .failure import Failure
 from .known import UnknownModelError, find_weights
 from .nodes import MODEL_HELP, find_node
 from .options import shared_option, store_options
-from .output import count, duration, print_fields, print_json, print_line, size
+from .output import count, print_fields, print_json, print_line, size
+from .shared_status import describe_totals, measured, status_fields
 
-_PROBE_BYTES = 4 << 20
-_PROBES = 5
 _HEX_DIGITS = set("0123456789abcdef")
 
 
@@ -264,7 +261,8 @@ def shared() -> None:
 def status(shared: str | None, path: str | None, as_json: bool) -> None:
     """Tell whether the shared store can be reached, how fast it is, and what waits to be sent.
 
-    Measures the round trip, and, unless it may only be read, how fast 4 MiB go there and back.
+    Measures the round trip, and, unless it may only be read, how fast 4 MiB go there and back. Hits, and what was
+    fetched and sent, are of all programs that have used this local store.
 
     Exit code: 0 if it answers, 1 if it does not.
 
@@ -276,6 +274,8 @@ def status(shared: str | None, path: str | None, as_json: bool) -> None:
     with opened(path, shared) as (db, tier):
         may_write = db.shared is not None and not db.shared.readonly
         found: dict[str, Any] = {"url": tier.calls.far.name, "waiting": tier.num_waiting(), "reachable": True}
+        with db.read() as snapshot:
+            found |= describe_totals(read_shared_counts(snapshot.reader))
         try:
             if not tier.options.key:
                 check_not_sealed(tier.calls.far)
@@ -285,50 +285,8 @@ def status(shared: str | None, path: str | None, as_json: bool) -> None:
     if as_json:
         print_json(found)
     else:
-        print_fields(_status_fields(found))
+        print_fields(status_fields(found))
     click.get_current_context().exit(0 if found["reachable"] else 1)
-
-
-def measured(far: FarStore, *, write: bool) -> dict[str, Any]:
-    """Return what a far store says of itself, and how fast it is."""
-    found: dict[str, Any] = {**far.facts()}
-    key = f"x/{secrets.token_hex(8)}"
-    trips = []
-    for _ in range(_PROBES):
-        began = perf_counter()
-        far.get([key])
-        trips.append(perf_counter() - began)
-    found["round_trip_s"] = sorted(trips)[_PROBES // 2]
-    if write:
-        value = os.urandom(_PROBE_BYTES)
-        try:
-            began = perf_counter()
-            far.put([(key, value)])
-            found["send_bytes_per_s"] = _PROBE_BYTES / (perf_counter() - began)
-            began = perf_counter()
-            far.get([key], [_PROBE_BYTES])
-            found["fetch_bytes_per_s"] = _PROBE_BYTES / (perf_counter() - began)
-        finally:
-            with suppress(SharedError):
-                far.delete([key])
-    return found
-
-
-def _status_fields(found: dict[str, Any]) -> dict[str, str]:
-    fields = {"shared store": found["url"]}
-    if not found["reachable"]:
-        fields |= {"answers": f"no: {found['reason']}", "hint": found["hint"]}
-    else:
-        fields |= {"answers": f"in {duration(found['round_trip_s'])}"}
-        if "send_bytes_per_s" in found:
-            fields["speed"] = f"{size(found['send_bytes_per_s'])}/s there, {size(found['fetch_bytes_per_s'])}/s back"
-        shown = {"server": "server", "policy": "evicts by", "nodes": "primaries", "encrypted": "encrypted"}
-        fields |= {title: str(found[name]) for name, title in shown.items() if name in found}
-        if "used_bytes" in found:
-            limit = found["maxmemory_bytes"]
-            fields["memory"] = f"{size(found['used_bytes'])} of {size(limit) if limit else 'no limit'}"
-    waiting = found["waiting"]
-    return {**fields, "waiting": f"{waiting:,} to be sent" if waiting else "nothing"}
 
 
 @shared.command("set")

@@ -31,6 +31,7 @@ class Breaker:
     ----------
     num_failures : in all.
     last_failure : message of the last one; empty if there was none since it last worked.
+    latest : when the last one was, by the clock, and its message.
     """
 
     def __init__(self, what: str, *, level: int = logging.WARNING, clock: Callable[[], float] = time.monotonic) -> None:
@@ -43,6 +44,7 @@ class Breaker:
         self._is_trying = False
         self.num_failures = 0
         self.last_failure = ""
+        self.latest: tuple[float, str] = (float("-inf"), "")
 
     def allows(self) -> bool:
         """Return whether to ask now. Who is allowed to must tell how it went."""
@@ -74,6 +76,7 @@ class Breaker:
             is_first = not self._in_a_row
             self.num_failures += 1
             self.last_failure = reason
+            self.latest = self._clock(), reason
             self._is_trying = False
             if is_news:
                 wait_s = min(_LONGEST_WAIT_S, _FIRST_WAIT_S * 2**self._in_a_row)

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import partial
 from time import monotonic
 from typing import TypeVar
@@ -17,6 +16,7 @@ from typing import TypeVar
 from promptdb.breaker import Breaker
 from promptdb.errors import SharedError
 from promptdb.far import FarStore, Pieces
+from promptdb.shared_counts import Counts
 from promptdb.shared_options import SharedOptions
 
 Result = TypeVar("Result")
@@ -27,44 +27,12 @@ _MOST_BYTES_AHEAD = 256 << 20
 _FEWEST_BYTES = 1 << 20
 
 
-@dataclass
-class Counts:
-    """What a process has done with a shared store since it opened it.
-
-    Attributes
-    ----------
-    lookups, hits : prompts looked up there, and those of which it had more than the local store.
-    round_trips : of those lookups.
-    tokens_fetched, bytes_fetched : that came from there and were stored here.
-    spans_sent, bytes_sent : that were new there.
-    rejected : entries and values that were not what they should be, or not signed by somebody trusted.
-    lost : values that were gone, wholly or in part.
-    skipped : lookups and fetches not made because computing is faster.
-    too_large : spans that the far side should not hold.
-    waits, waited_s : times, and seconds in all, that somebody else was waited for, who computed the same.
-    """
-
-    lookups: int = 0
-    hits: int = 0
-    round_trips: int = 0
-    tokens_fetched: int = 0
-    bytes_fetched: int = 0
-    spans_sent: int = 0
-    bytes_sent: int = 0
-    rejected: int = 0
-    lost: int = 0
-    skipped: int = 0
-    too_large: int = 0
-    waits: int = 0
-    waited_s: float = 0.0
-
-
 class FarCalls:
     """A far store behind deadlines and breakers, one for reading and one for writing. Thread safe.
 
     Attributes
     ----------
-    counts : what was done.
+    counts : what this process has done.
     round_trip_s, bytes_per_s : moving averages of what was measured; None before.
     """
 
@@ -86,6 +54,16 @@ class FarCalls:
     def failure(self) -> str:
         """What the far side failed with last; empty if it works, as far as is known."""
         return self.writing.last_failure or self.reading.last_failure
+
+    @property
+    def num_failures(self) -> int:
+        """How often the far side has failed this process."""
+        return self.reading.num_failures + self.writing.num_failures
+
+    @property
+    def latest_failure(self) -> str:
+        """What it failed with last, though it may have worked since; empty if it never failed."""
+        return max(self.reading.latest, self.writing.latest)[1]
 
     def pause_s(self) -> float:
         """Return how long it will be until sending may be tried: that asks what is there first."""

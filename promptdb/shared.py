@@ -5,15 +5,17 @@ from __future__ import annotations
 import logging
 import os
 import threading
+import time
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING
 
 from promptdb.errors import CorruptDataError, NodeNotFoundError, PromptDBError, SharedError
+from promptdb.events import note
 from promptdb.far import FarStore
 from promptdb.far_calls import FarCalls
 from promptdb.far_open import open_far
@@ -23,6 +25,7 @@ from promptdb.outbox import SPAN, Waiting, take_out, waiting
 from promptdb.parcel import Parcel, load_logits, load_parcel
 from promptdb.pulling import Puller, Want
 from promptdb.pushing import Pusher, PushReport
+from promptdb.shared_counts import SharedTotals, read_shared_counts, write_shared_counts
 from promptdb.shared_options import SharedOptions
 from promptdb.signing import Signer, Trust
 
@@ -38,6 +41,7 @@ _BATCH_BYTES = 32 << 20
 # How long closing a store waits for what is queued; the rest is sent when it is opened again.
 _CLOSE_WAIT_S = 5.0
 _LOCAL_FAILURE_S = 60.0
+_COUNTS_EVERY_S = 60.0
 
 _connecting = threading.Lock()
 
@@ -82,6 +86,9 @@ class Tier:
         self.puller = Puller(db, self.calls, trust)
         self.leases = Leases(db, self.calls, self.puller)
         self.pusher = Pusher(self.calls, Signer(options.sign_with) if options.sign_with else None)
+        self._counted = SharedTotals()  # what is written of what this process has counted
+        self._counting = threading.Lock()
+        self._count_at = monotonic() + _COUNTS_EVERY_S
         self._wake = threading.Condition()
         self._is_closing = False
         self._not_before = 0.0
@@ -92,7 +99,10 @@ class Tier:
 
     def pull(self, root: Root, wants: Sequence[Want], compute_tokens_per_s: float | None = None) -> int:
         """Fetch what is missing of prompts; see :meth:`promptdb.pulling.Puller.pull`."""
-        return self.puller.pull(root, wants, compute_tokens_per_s)
+        try:
+            return self.puller.pull(root, wants, compute_tokens_per_s)
+        finally:
+            self._write_counts_now_and_then()
 
     # The outbox
 
@@ -165,6 +175,7 @@ class Tier:
     def _round(self) -> float:
         """Do what there is to do; return how long to wait before the next time."""
         try:
+            self._write_counts_now_and_then()
             return 0.0 if self._send_some() else _POLL_S
         except SharedError as error:
             logger.debug("not sent yet: %s", error)
@@ -194,9 +205,39 @@ class Tier:
             "waiting": self.num_waiting(),
             "round_trip_s": self.calls.round_trip_s,
             "bytes_per_s": self.calls.bytes_per_s,
-            "failures": self.calls.reading.num_failures + self.calls.writing.num_failures,
+            "failures": self.calls.num_failures,
             "last_failure": self.calls.failure,
         }
+
+    def totals(self) -> SharedTotals:
+        """Return what all processes have had of the shared store that have used this local one, this one included."""
+        with self._counting, self.db.read() as snapshot:
+            return read_shared_counts(snapshot.reader).add(self._uncounted())
+
+    def _uncounted(self) -> SharedTotals:
+        """Return what is not written yet. Holds the lock."""
+        failures = self.calls.num_failures - self._counted.failures
+        failure = self.calls.latest_failure if failures else ""
+        counts = replace(self.calls.counts) - self._counted.counts
+        return SharedTotals(counts, failures, failure, time.time() if failures else 0.0)
+
+    def _write_counts_now_and_then(self) -> None:
+        if monotonic() >= self._count_at:
+            self._write_counts()
+
+    def _write_counts(self) -> None:
+        """Add what was counted to what is stored. Never fails: it is a hint."""
+        with self._counting:
+            self._count_at = monotonic() + _COUNTS_EVERY_S
+            new = self._uncounted()
+            if new == SharedTotals() or self.db.readonly:
+                return
+            try:
+                self.db._index.transact(lambda writer: write_shared_counts(writer, new))
+            except PromptDBError as error:
+                note("shared_counts_not_written", f"what was had of the shared store was not counted: {error}")
+                return
+            self._counted = self._counted.add(new)
 
     def close(self) -> None:
         """Send what waits, for some seconds at most, and release connections."""
@@ -208,6 +249,7 @@ class Tier:
             if thread is not None and thread is not threading.current_thread():
                 self.flush(_CLOSE_WAIT_S)
         finally:
+            self._write_counts()
             with self._wake:
                 self._is_closing = True
                 self._wake.notify_all()

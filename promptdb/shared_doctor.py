@@ -18,12 +18,14 @@ from promptdb.far import FarStore, check_not_sealed
 from promptdb.far_open import open_far
 from promptdb.finding import ERROR, NOTE, OK, WARNING, Finding
 from promptdb.outbox import oldest_unix_s, waiting
+from promptdb.shared_counts import read_shared_counts
 from promptdb.shared_options import SharedOptions, resolve, without_secrets
 from promptdb.signing import Signer, Trust
 
 _PROBE_BYTES = 1024
 _MOST_COUNTED = 1 << 20
 _LONG_WAIT_S = 600.0
+_RECENT_S = 3600.0
 _FEW_DAYS = 14
 _FULL_SHARE = 0.95
 _DAY_S = 86_400.0
@@ -49,6 +51,7 @@ def examine_shared(db: PromptDB, shared: str | None = None) -> Iterator[Finding]
             return
         yield from _keys(options)
         yield from _queue(db)
+        yield from _last_failure(db)
         far = open_far(options)
     except PromptDBError as error:
         yield Finding(ERROR, f"shared store: {error.message}", error.hint)
@@ -84,6 +87,19 @@ def _queue(db: PromptDB) -> Iterator[Finding]:
         yield Finding(WARNING, what, "`promptdb push` sends them, or tells why it cannot")
     else:
         yield Finding(NOTE, what, "they are sent as long as a program has the store open")
+
+
+def _last_failure(db: PromptDB) -> Iterator[Finding]:
+    """Yield what failed a program not long ago: it may have left the far side alone since, and computed everything."""
+    with db.read() as snapshot:
+        totals = read_shared_counts(snapshot.reader)
+    age_s = time.time() - totals.last_failure_unix_s
+    if totals.failures and age_s < _RECENT_S:
+        yield Finding(
+            WARNING,
+            f"shared store: it failed {_age(max(0.0, age_s))} ago: {totals.last_failure}",
+            "after a failure it is left alone for a second, and up to a minute after more; programs compute meanwhile",
+        )
 
 
 def _age(seconds: float) -> str:

@@ -22,7 +22,7 @@ ORDER = (
     "hook_points", "hook_places", "hook_context", "hook_binding",
     "tables", "filesystem", "memory", "presence", "reserve", "maplock", "lmdb_errors", "pages", "environment", "index",
     "life", "userkey", "sealing", "sealed", "labels", "served", "trie", "access", "activations", "snapshot", "registry",
-    "outbox", "shared_options",
+    "outbox", "shared_options", "shared_counts",
     "rebuild", "ledger", "pins", "eviction", "audit", "verify", "commits", "collect", "lifecycle",
     "recordings", "dataset", "rows", "recall", "opening", "db", "shards",
     "metrics", "migrate", "testing",
