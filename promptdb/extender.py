@@ -3,6 +3,7 @@ it is."""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from time import perf_counter
@@ -114,25 +115,39 @@ class Extender:
 
         Parameters
         ----------
-        store : what is still missing then is computed and stored. Others are told, and if they compute it already, they
-            are waited for as long as that is sooner.
+        store : what is still missing then is computed and stored: see :meth:`settle`.
+        """
+        found = self.fetch(root, prompts)
+        return (store and self.settle(root, prompts)) or found
 
-        Notes
-        -----
+    def fetch(self, root: Root, prompts: Sequence[Prompt], stop: threading.Event | None = None) -> bool:
+        """Fetch what the local store lacks of prompts; return whether anything came. Thread safe.
+
         What is held in memory needs nothing. Waits for what is being written of a prompt.
+
+        Parameters
+        ----------
+        stop : when it is set, no more is fetched.
         """
         if self.tier is None:
             return False
-        wants, rates = self._wants(root, prompts), self.cost.rates
-        if not wants:
+        wants, rate = self._wants(root, prompts), self.cost.rates.get("compute_tokens_per_s")
+        return bool(wants) and self.tier.pull(root, wants, rate, stop) > 0
+
+    def settle(self, root: Root, prompts: Sequence[Prompt]) -> bool:
+        """Tell others that what is missing is computed here; return whether anything came.
+
+        If they compute it already, they are waited for as long as that is sooner.
+        """
+        if self.tier is None:
             return False
-        rate = rates.get("compute_tokens_per_s")
-        found = self.tier.pull(root, wants, rate) > 0
-        if store:
-            found |= self.tier.leases.settle(
-                root, lambda: self._wants(root, prompts), rate, rates.get("kv_bytes_per_token")
-            )
-        return found
+        rates = self.cost.rates
+        return self.tier.leases.settle(
+            root,
+            lambda: self._wants(root, prompts),
+            rates.get("compute_tokens_per_s"),
+            rates.get("kv_bytes_per_token"),
+        )
 
     def give_up(self) -> None:
         """Let other machines know that what was to be computed here will not be."""

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from contextlib import suppress
 from functools import partial
@@ -39,9 +38,9 @@ class FarCalls:
     def __init__(self, far: FarStore, options: SharedOptions) -> None:
         self.far = far
         self.options = options
-        level = logging.DEBUG if options.required else logging.WARNING
-        self.reading = Breaker(f"reading from the shared store {far.name}", level=level)
-        self.writing = Breaker(f"writing to the shared store {far.name}", level=level)
+        is_loud = not options.required
+        self.reading = Breaker(f"reading from the shared store {far.name}", is_loud=is_loud)
+        self.writing = Breaker(f"writing to the shared store {far.name}", is_loud=is_loud)
         self.counts = Counts()
         self.round_trip_s: float | None = None
         self.bytes_per_s: float | None = None
@@ -126,6 +125,8 @@ class FarCalls:
             error = SharedError(f"{self.far.name}: no answer within {wait_s:.1f} s", "check the network")
             breaker.failed(str(error))
             raise error from None
+        except CancelledError as error:
+            raise SharedError("the shared store is closed", "open the store again") from error
         except SharedError as error:
             breaker.failed(str(error))
             raise
@@ -133,7 +134,7 @@ class FarCalls:
             breaker.failed(repr(error))
             raise
 
-    def fetch(self, wanted: Sequence[tuple[str, int]], deadline_s: float | None = None) -> Iterator[Pieces | None]:
+    def fetch(self, wanted: Sequence[tuple[str, int]], deadline_s: float | None = None) -> Generator[Pieces | None]:
         """Yield values in order, fetched in parallel ahead of whoever takes them, within the deadline of the options.
 
         Parameters

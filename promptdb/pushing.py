@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -10,6 +9,7 @@ from functools import partial
 from blake3 import blake3
 
 from promptdb.errors import CorruptDataError
+from promptdb.events import note, warn
 from promptdb.far import Bytes, FarStore, TooLargeError, check_not_sealed, joined
 from promptdb.far_calls import FarCalls
 from promptdb.far_index import Entry, logits_key, root_key, span_key, value_key
@@ -17,8 +17,6 @@ from promptdb.format import TOTALS, pack_root
 from promptdb.keys import PrefixHasher, Root, common_prefix
 from promptdb.parcel import Parcel
 from promptdb.signing import Signer
-
-logger = logging.getLogger("promptdb")
 
 # Each turn, what is left of a span begins later, or somebody else was faster.
 _MOST_TURNS = 64
@@ -174,9 +172,12 @@ class Pusher:
         return Entry(**{**vars(entry), "public_key": self.signer.public_key, "signature": signature})
 
     def _tell_size(self, parcel: Parcel, size_bytes: int) -> None:
-        say = logger.debug if self._has_told_size else logger.warning
+        say = note if self._has_told_size else warn
         self._has_told_size = True
-        say("span %s of %d bytes is too large for the shared store, and stays here", parcel.node.hex()[:12], size_bytes)
+        message = (
+            f"span {parcel.node.hex()[:12]} of {size_bytes} bytes is too large for the shared store, and stays here"
+        )
+        say("shared_too_large", message, node=parcel.node.hex(), size_bytes=size_bytes)
 
 
 def _key(parcel: Parcel) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import threading
 import time
@@ -15,7 +14,7 @@ from time import monotonic
 from typing import TYPE_CHECKING
 
 from promptdb.errors import CorruptDataError, NodeNotFoundError, PromptDBError, SharedError
-from promptdb.events import note
+from promptdb.events import note, unexpected, warn
 from promptdb.far import FarStore
 from promptdb.far_calls import FarCalls
 from promptdb.far_open import open_far
@@ -31,8 +30,6 @@ from promptdb.signing import Signer, Trust
 
 if TYPE_CHECKING:
     from promptdb.db import PromptDB
-
-logger = logging.getLogger("promptdb")
 
 _LOCK_FILE = "outbox.lock"
 _POLL_S = 0.25
@@ -92,15 +89,22 @@ class Tier:
         self._wake = threading.Condition()
         self._is_closing = False
         self._not_before = 0.0
+        self._has_told_failure = False
         self._thread: threading.Thread | None = None
         if not options.readonly:
             self._thread = threading.Thread(target=_run, args=(weakref.ref(self),), name="promptdb-shared", daemon=True)
             self._thread.start()
 
-    def pull(self, root: Root, wants: Sequence[Want], compute_tokens_per_s: float | None = None) -> int:
+    def pull(
+        self,
+        root: Root,
+        wants: Sequence[Want],
+        compute_tokens_per_s: float | None = None,
+        stop: threading.Event | None = None,
+    ) -> int:
         """Fetch what is missing of prompts; see :meth:`promptdb.pulling.Puller.pull`."""
         try:
-            return self.puller.pull(root, wants, compute_tokens_per_s)
+            return self.puller.pull(root, wants, compute_tokens_per_s, stop)
         finally:
             self._write_counts_now_and_then()
 
@@ -160,6 +164,7 @@ class Tier:
             if logits:
                 self.pusher.push(logits, logits_only=True)
             self.db._index.transact(lambda writer: take_out(writer, done))
+            self._has_told_failure = False
         return True
 
     def _load(self, entry: Waiting) -> Parcel | None:
@@ -169,7 +174,7 @@ class Tier:
                 return load_parcel(self.db, entry.identity)
             return load_logits(self.db, entry.identity)
         except (NodeNotFoundError, CorruptDataError) as error:
-            logger.debug("not sent to the shared store: %s", error)
+            note("shared_nothing_to_send", f"not sent to the shared store: {error}", identity=entry.identity.hex())
             return None
 
     def _round(self) -> float:
@@ -178,14 +183,18 @@ class Tier:
             self._write_counts_now_and_then()
             return 0.0 if self._send_some() else _POLL_S
         except SharedError as error:
-            logger.debug("not sent yet: %s", error)
+            note("shared_not_sent", f"not sent yet: {error}")
             return _POLL_S
         except PromptDBError as error:
-            logger.warning("nothing is sent to the shared store, as the local one fails: %s", error)
-        except Exception:
+            if not self._has_told_failure:
+                warn("shared_local_failure", f"nothing is sent to the shared store, as the local one fails: {error}")
+            self._has_told_failure = True
+        except Exception:  # noqa: BLE001 - told, and the thread goes on
             if self._is_closing:  # what it used was closed under it
                 return 0.0
-            logger.exception("sending to the shared store failed")
+            if not self._has_told_failure:
+                unexpected("shared_send_failed", "sending to the shared store failed; it is tried once a minute")
+            self._has_told_failure = True
         self._not_before = monotonic() + _LOCAL_FAILURE_S
         return _POLL_S
 
