@@ -164,7 +164,7 @@ from promptdb.demo_models import random_model
 from promptdb.demo_text import byte_tokenizer
 from promptdb.runner import Runner
 
-path, url, slow_s, prompt = sys.argv[1:]
+path, url, slow_s = sys.argv[1:]
 extend = Runner.extend
 
 def slowly(*args, **kwargs):
@@ -175,23 +175,24 @@ def slowly(*args, **kwargs):
 with PromptDB(path, chunk_tokens=64, shared=url) as db, Engine(db, random_model("llama"), byte_tokenizer()) as engine:
     Runner.extend = slowly
     print("ready", flush=True)
-    sys.stdin.readline()
-    began = time.monotonic()
-    found = engine.get(prompt)
-    print("done", found.tokens_loaded, found.tokens_computed, time.monotonic() - began, flush=True)
-    engine.flush()
-    db.tier.flush(30)
+    for prompt in sys.stdin:
+        engine._extender.cost.rates.clear()  # of a pass that slept, nobody knows how fast the next one is
+        began = time.monotonic()
+        found = engine.get(prompt)
+        print("done", found.tokens_loaded, found.tokens_computed, time.monotonic() - began, flush=True)
+        engine.flush()
+        db.tier.flush(30)
 """
-LONG = "Both machines were asked for this at the same moment. " * 12
+SLOW_S, LEASE_S = 1.5, 3
 
 
 @pytest.fixture
 def children(tmp_path, server):
-    """Yield two processes with engines, ready to be asked for the same prompt."""
-    url = f"{server.url}?lease_s=3"
+    """Yield two processes with engines that take a while for every pass."""
+    url = f"{server.url}?lease_s={LEASE_S}"
     started = [
         subprocess.Popen(
-            [sys.executable, "-c", CHILD, str(tmp_path / name), url, "1.5", LONG],
+            [sys.executable, "-c", CHILD, str(tmp_path / name), url, str(SLOW_S)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -208,8 +209,8 @@ def children(tmp_path, server):
             child.communicate()
 
 
-def go(child) -> None:
-    child.stdin.write("\n")
+def ask(child, prompt: str) -> None:
+    child.stdin.write(prompt + "\n")
     child.stdin.flush()
 
 
@@ -220,23 +221,27 @@ def result(child) -> tuple[int, int, float]:
     return int(words[1]), int(words[2]), float(words[3])
 
 
-def test_two_processes_at_once(children):
-    """Of two that are asked for the same at the same moment, one computes it, and the other fetches it."""
+def test_two_processes(children):
+    """Of two that are asked for the same at the same moment, one computes it, and the other fetches it.
+
+    If the one that computes is killed, the other waits until the lease ends, and computes: no longer than that.
+    """
+    prompt = "Both machines were asked for this at the same moment. " * 12
     for child in children:
-        go(child)
-    results = sorted(map(result, children), key=lambda found: found[1])
-    assert [found[:2] for found in results] == [(len(LONG), 0), (0, len(LONG))]
-    assert results[0][2] < 1.5 + 3
+        ask(child, prompt)
+    fetched, computed = sorted(map(result, children), key=lambda found: found[1])
+    assert fetched[:2] == computed[1::-1]
+    assert fetched[0] > 300
+    assert fetched[1] == 0
 
-
-def test_the_first_is_killed(children):
-    """The second waits until the lease ends, and computes: later, but no longer than the lease."""
     first, second = children
-    go(first)
-    assert first.stdout.readline() == "computing\n"
-    go(second)
+    other = "One of the machines is switched off while it computes this one. " * 12
+    ask(first, other)
+    while first.stdout.readline() != "computing\n":
+        pass
+    ask(second, other)
     time.sleep(0.5)
     first.kill()
-    loaded, computed, seconds = result(second)
-    assert (loaded, computed) == (0, len(LONG))
-    assert 1.5 + 2 < seconds < 1.5 + 3 + 2
+    loaded, computed_tokens, seconds = result(second)
+    assert computed_tokens > 300 > loaded
+    assert SLOW_S + 1 < seconds < SLOW_S + LEASE_S + 3
