@@ -108,6 +108,8 @@ def print_answer(found: dict[str, Any], *, separated: bool) -> None:
     if found["source"]:
         print_line((found["source"], "bold"))
     print_extent(found["num_stored"], found["num_tokens"])
+    if found["tokens_fetched"]:
+        print_line(f"{count(found['tokens_fetched'], 'token')} fetched just now from the shared store")
     if found["tokens_computed"]:
         print_line(f"{count(found['tokens_computed'], 'token')} computed just now, in {duration(found['compute_s'])}")
     if found["num_stored"]:

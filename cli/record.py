@@ -16,7 +16,7 @@ from promptdb.tokens import Prompt
 from .compute import CountingDB, open_engine
 from .jobs import Feed, Interrupts, check_prompt, done_before, explaining, interruptible
 from .known import check_checkpoint
-from .options import device_option, model_options, prompt_arguments, store_options
+from .options import device_option, model_options, prompt_arguments, shared_option, store_options
 from .output import count, duration, print_json, print_line, print_table, size
 from .prompts import Asked, Line, as_asked, nothing_in, stream_prompts
 from .texts import head
@@ -62,6 +62,7 @@ def integers_option(ctx: click.Context, param: click.Parameter, value: str | Non
 @click.option("--as", "row_dtype", metavar="DTYPE", help="What rows are stored in, float16 for example.")
 @model_options
 @device_option
+@shared_option
 @store_options
 def record(
     texts: Sequence[str],
@@ -73,6 +74,7 @@ def record(
     dtype: str,
     device: str | None,
     namespace: str,
+    shared: str | None,
     path: str | None,
     as_json: bool,
 ) -> None:
@@ -106,7 +108,7 @@ def record(
             raise nothing_in(files)
         check_checkpoint(model)
         began = perf_counter()
-        with CountingDB(path, None) as db, open_engine(db, model, dtype, device, namespace) as engine:
+        with CountingDB(path, None, shared) as db, open_engine(db, model, dtype, device, namespace) as engine:
             load_s = perf_counter() - began
             interrupts.hold()
             before = db.stat()["blob_bytes"]

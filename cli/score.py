@@ -16,7 +16,7 @@ from promptdb.tokens import Encoder
 from .dry_run import print_plan
 from .jobs import Feed, done_before, explaining, interruptible, job_options
 from .known import check_checkpoint
-from .options import device_option, model_options, store_options
+from .options import device_option, model_options, shared_option, store_options
 from .output import count, duration, print_json, print_line, print_table, probability
 from .progress import Meter
 from .prompts import Line, argument_pieces, check_inputs, count_lines, nothing_in, read_lines
@@ -33,6 +33,7 @@ _TEXT_WIDTH = 40
 @job_options("Read a file with an object a line; '-' is standard input.")
 @model_options
 @device_option
+@shared_option
 @store_options
 @click.option(
     "--out", metavar="FILE", default="-", help="Write a line for each line of --file; '-' is standard output."
@@ -55,6 +56,7 @@ def score(
     dtype: str,
     device: str | None,
     namespace: str,
+    shared: str | None,
     path: str | None,
     as_json: bool,
     skip_bad: bool,
@@ -77,7 +79,7 @@ def score(
 
     and gives a line with the sum of the continuation's log-probabilities (in nats), its number of tokens, and whether
     each of them is the most likely one; for choices with those of each, their probabilities, and the best. An "id" is
-    passed through. What is computed is stored, as by `promptdb put`, but for the logits after the last token.
+    passed through. What is computed is stored and shared as by `promptdb put`, but for the logits after the last token.
 
     With --json and --out: a summary at the end.
 
@@ -114,14 +116,14 @@ def score(
         check_checkpoint(model)
         from .compute import open_engine  # leads to torch
 
-        with PromptDB(path) as db, open_engine(db, model, dtype, device, namespace) as engine:
+        with PromptDB(path, shared=shared) as db, open_engine(db, model, dtype, device, namespace) as engine:
             document = answer(engine, given, how)
             if as_json:
                 print_json(document)
             else:
                 _print_answer(document, given, engine.encoder)
         return
-    _score_files(files, model, dtype, device, namespace, path, as_json, skip_bad, out, resume, overwrite, how)
+    _score_files(files, model, dtype, device, namespace, shared, path, as_json, skip_bad, out, resume, overwrite, how)
 
 
 def _arguments(texts: Sequence[str]) -> Question:
@@ -137,6 +139,7 @@ def _score_files(
     dtype: str,
     device: str | None,
     namespace: str,
+    shared: str | None,
     path: str | None,
     as_json: bool,
     skip_bad: bool,
@@ -162,7 +165,7 @@ def _score_files(
         check_checkpoint(model)
         from .compute import open_engine  # leads to torch
 
-        with PromptDB(path) as db, open_engine(db, model, dtype, device, namespace) as engine:
+        with PromptDB(path, shared=shared) as db, open_engine(db, model, dtype, device, namespace) as engine:
             load_s = perf_counter() - began
             interrupts.hold()
             scoring = Scoring(engine, feed, results, how, meter, interrupts)

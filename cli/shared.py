@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
-from time import perf_counter
 from typing import Any
 
 import click
@@ -15,10 +12,12 @@ import click
 from promptdb.archive import Selection
 from promptdb.db import PromptDB
 from promptdb.errors import SharedError
-from promptdb.far import FarStore
+from promptdb.far import check_not_sealed
 from promptdb.keys import Root
+from promptdb.labels import check_name
 from promptdb.pushing import PushReport
 from promptdb.shared import Tier, connect
+from promptdb.shared_counts import read_shared_counts
 from promptdb.shared_options import NONE, PASSWORD_VARIABLE, store_url, stored_url, without_secrets
 from promptdb.shared_sync import PullReport
 from promptdb.shared_sync import pull as pull_all
@@ -30,10 +29,9 @@ from .failure import Failure
 from .known import UnknownModelError, find_weights
 from .nodes import MODEL_HELP, find_node
 from .options import shared_option, store_options
-from .output import count, duration, print_fields, print_json, print_line, size
+from .output import count, print_fields, print_json, print_line, size
+from .shared_status import describe_totals, measured, status_fields
 
-_PROBE_BYTES = 4 << 20
-_PROBES = 5
 _HEX_DIGITS = set("0123456789abcdef")
 
 
@@ -50,10 +48,8 @@ def opened(path: str | None, shared: str | None, *, readonly: bool = False) -> I
 
 
 def _selected(db: PromptDB, node: str | None, model: str | None, namespace: str | None, tag: str | None) -> Selection:
-    if node is not None and (model is not None or namespace is not None or tag is not None):
-        raise click.UsageError("NODE is one span, and what goes on from it: no --model, --namespace or --tag beside it")
     return Selection(
-        node=None if node is None else find_node(db, node),
+        node=_one_kind(db, node, model, namespace, tag),
         weights_ids=None if model is None else frozenset(find_weights(db, model)),
         namespace=namespace,
         tag=tag,
@@ -117,30 +113,55 @@ def _print_pushed(report: PushReport, where: str) -> None:
 
 
 @click.command(short_help="Fetch everything that the shared store has.")
+@click.argument("node", required=False)
 @click.option("--model", metavar="M", help="Only of this model: a directory or name known here, or the start of an ID.")
 @click.option("--namespace", metavar="NAME", help="Only of this namespace; '' is the one without a name.")
+@click.option("--tag", metavar="NAME", help="Only prompts that were pushed with this tag; they get it here, too.")
 @shared_option
 @store_options
-def pull(model: str | None, namespace: str | None, shared: str | None, path: str | None, as_json: bool) -> None:
+def pull(
+    node: str | None,
+    model: str | None,
+    namespace: str | None,
+    tag: str | None,
+    shared: str | None,
+    path: str | None,
+    as_json: bool,
+) -> None:
     """Fetch everything that the shared store has.
 
     What is here is skipped, so a pull that was interrupted is started again. Everything is checked before it is stored.
-    Prompts that are asked for come by themselves; this is for machines that will be offline, or want no delays.
+    With NODE, a node ID as `promptdb ls` prints it: what continues that span. Prompts that are asked for come by
+    themselves; this is for machines that will be offline, or want no delays.
 
     Exit code: 0 if everything is here now, 1 if something did not hold or was gone.
 
     \b
     Examples:
       promptdb pull --shared s3://bucket/promptdb
+      promptdb pull --tag evaluation
+      promptdb pull 3f2a91
       promptdb pull --model demo --json
     """
     with opened(path, shared, readonly=True) as (db, tier):
-        report = _pull(db, tier, _wanted(db, model, namespace))
+        selection = _one_kind(db, node, model, namespace, tag)
+        report = _pull(db, tier, _wanted(db, model, namespace), selection, tag)
     if as_json:
         print_json(asdict(report))
     else:
         _print_pulled(report, str(db.path))
     click.get_current_context().exit(1 if report.num_rejected or report.num_lost else 0)
+
+
+def _one_kind(
+    db: PromptDB, node: str | None, model: str | None, namespace: str | None, tag: str | None
+) -> bytes | None:
+    """Return the span that was asked for, if one was."""
+    if node is not None and (model is not None or namespace is not None or tag is not None):
+        raise click.UsageError("NODE is one span, and what goes on from it: no --model, --namespace or --tag beside it")
+    if tag is not None:
+        check_name(tag, may_be_empty=False)
+    return None if node is None else find_node(db, node)
 
 
 def _wanted(db: PromptDB, model: str | None, namespace: str | None) -> Callable[[Root], bool]:
@@ -164,9 +185,9 @@ def _unknown_here(model: str) -> Iterator[None]:
         raise Failure(error.message, "give the start of its weights ID: `promptdb models` shows it", 1) from error
 
 
-def _pull(db: PromptDB, tier: Tier, wants: Callable[[Root], bool]) -> PullReport:
+def _pull(db: PromptDB, tier: Tier, wants: Callable[[Root], bool], node: bytes | None, tag: str | None) -> PullReport:
     with progress_bar("fetched", None) as progress:
-        return pull_all(db, tier, wants, lambda done, total: progress(done))
+        return pull_all(db, tier, wants, lambda done, total: progress(done), node=node, tag=tag)
 
 
 def _print_pulled(report: PullReport, where: str) -> None:
@@ -182,11 +203,21 @@ def _print_pulled(report: PullReport, where: str) -> None:
 
 
 @click.command(short_help="Send and fetch: afterwards both stores have everything.")
+@click.argument("node", required=False)
 @click.option("--model", metavar="M", help=MODEL_HELP)
 @click.option("--namespace", metavar="NAME", help="Only of this namespace; '' is the one without a name.")
+@click.option("--tag", metavar="NAME", help="Only prompts that have this tag, here or there.")
 @shared_option
 @store_options
-def sync(model: str | None, namespace: str | None, shared: str | None, path: str | None, as_json: bool) -> None:
+def sync(
+    node: str | None,
+    model: str | None,
+    namespace: str | None,
+    tag: str | None,
+    shared: str | None,
+    path: str | None,
+    as_json: bool,
+) -> None:
     """Send and fetch: afterwards both stores have everything.
 
     As `promptdb push` and then `promptdb pull`. Can be interrupted and started again.
@@ -194,13 +225,15 @@ def sync(model: str | None, namespace: str | None, shared: str | None, path: str
     \b
     Examples:
       promptdb sync --shared redis://cache.example:6379
+      promptdb sync --tag evaluation
       promptdb sync --namespace experiments --json
     """
     with opened(path, shared) as (db, tier):
+        chosen = _one_kind(db, node, model, namespace, tag)
         wants = _wanted(db, model, namespace)
         weights = None if model is None else frozenset(root.weights_id for root, _ in db.roots() if wants(root))
-        sent = _push(db, tier, Selection(weights_ids=weights, namespace=namespace))
-        fetched = _pull(db, tier, wants)
+        sent = _push(db, tier, Selection(node=chosen, weights_ids=weights, namespace=namespace, tag=tag))
+        fetched = _pull(db, tier, wants, chosen, tag)
         where = tier.calls.far.name
     if as_json:
         print_json({"sent": asdict(sent), "fetched": asdict(fetched)})
@@ -228,7 +261,8 @@ def shared() -> None:
 def status(shared: str | None, path: str | None, as_json: bool) -> None:
     """Tell whether the shared store can be reached, how fast it is, and what waits to be sent.
 
-    Measures the round trip, and, unless it may only be read, how fast 4 MiB go there and back.
+    Measures the round trip, and, unless it may only be read, how fast 4 MiB go there and back. Hits, and what was
+    fetched and sent, are of all programs that have used this local store.
 
     Exit code: 0 if it answers, 1 if it does not.
 
@@ -240,57 +274,19 @@ def status(shared: str | None, path: str | None, as_json: bool) -> None:
     with opened(path, shared) as (db, tier):
         may_write = db.shared is not None and not db.shared.readonly
         found: dict[str, Any] = {"url": tier.calls.far.name, "waiting": tier.num_waiting(), "reachable": True}
+        with db.read() as snapshot:
+            found |= describe_totals(read_shared_counts(snapshot.reader))
         try:
+            if not tier.options.key:
+                check_not_sealed(tier.calls.far)
             found |= measured(tier.calls.far, write=may_write)
         except SharedError as error:
             found |= {"reachable": False, "reason": error.message, "hint": error.hint}
     if as_json:
         print_json(found)
     else:
-        print_fields(_status_fields(found))
+        print_fields(status_fields(found))
     click.get_current_context().exit(0 if found["reachable"] else 1)
-
-
-def measured(far: FarStore, *, write: bool) -> dict[str, Any]:
-    """Return what a far store says of itself, and how fast it is."""
-    found: dict[str, Any] = {**far.facts()}
-    key = f"x/{secrets.token_hex(8)}"
-    trips = []
-    for _ in range(_PROBES):
-        began = perf_counter()
-        far.get([key])
-        trips.append(perf_counter() - began)
-    found["round_trip_s"] = sorted(trips)[_PROBES // 2]
-    if write:
-        value = os.urandom(_PROBE_BYTES)
-        try:
-            began = perf_counter()
-            far.put([(key, value)])
-            found["send_bytes_per_s"] = _PROBE_BYTES / (perf_counter() - began)
-            began = perf_counter()
-            far.get([key], [_PROBE_BYTES])
-            found["fetch_bytes_per_s"] = _PROBE_BYTES / (perf_counter() - began)
-        finally:
-            with suppress(SharedError):
-                far.delete([key])
-    return found
-
-
-def _status_fields(found: dict[str, Any]) -> dict[str, str]:
-    fields = {"shared store": found["url"]}
-    if not found["reachable"]:
-        fields |= {"answers": f"no: {found['reason']}", "hint": found["hint"]}
-    else:
-        fields |= {"answers": f"in {duration(found['round_trip_s'])}"}
-        if "send_bytes_per_s" in found:
-            fields["speed"] = f"{size(found['send_bytes_per_s'])}/s there, {size(found['fetch_bytes_per_s'])}/s back"
-        shown = {"server": "server", "policy": "evicts by", "nodes": "primaries"}
-        fields |= {title: str(found[name]) for name, title in shown.items() if name in found}
-        if "used_bytes" in found:
-            limit = found["maxmemory_bytes"]
-            fields["memory"] = f"{size(found['used_bytes'])} of {size(limit) if limit else 'no limit'}"
-    waiting = found["waiting"]
-    return {**fields, "waiting": f"{waiting:,} to be sent" if waiting else "nothing"}
 
 
 @shared.command("set")

@@ -12,9 +12,11 @@ from promptdb.db import PromptDB
 from promptdb.format import TOTALS
 from promptdb.life import DEFAULT_COMPRESSION
 from promptdb.served import Served
+from promptdb.shared_counts import read_shared_counts
 
 from .options import store_options
 from .output import age, count, duration, print_fields, print_json, print_line, size, span_of_time
+from .shared_status import describe_totals, totals_fields
 
 
 @click.command(short_help="Show totals of the store.")
@@ -41,6 +43,8 @@ def stat(path: str | None, as_json: bool) -> None:
             "is_encrypted": db.is_encrypted,
             **_served(db),
         }
+        with db.read() as snapshot:
+            found["shared"] = describe_totals(read_shared_counts(snapshot.reader))
     if as_json:
         print_json(found)
         return
@@ -59,6 +63,7 @@ def stat(path: str | None, as_json: bool) -> None:
             "file": f"{size(found['file_bytes'])}, of which {size(found['used_bytes'])} used",
             "disk": f"{size(found['free_bytes'])} free",
             **_describe_served(found),
+            **{f"shared {name}": text for name, text in totals_fields(found["shared"]).items()},
         }
     )
 

@@ -12,6 +12,7 @@ from promptdb.labels import PIN, next_pin_end, unpack_label
 from promptdb.life import LIMITS_KEY, TTL_KEY, USAGE_KEY, Life, Usage, read_limits, read_ttls, read_usage
 from promptdb.rebuild import FIRST_VERSION_WITH_LIFE, activations_charge, logits_charge, record_charge
 from promptdb.served import SERVED_KEY, unpack_served
+from promptdb.shared_counts import SHARED_COUNTS_KEY, unpack_shared_counts
 from promptdb.tables import Reader
 
 Finding = tuple[str, bytes, str]  # table, key, what
@@ -161,8 +162,10 @@ def unsound_settings(reader: Reader) -> Iterator[tuple[str, bytes]]:
                 read_usage(reader)
             elif key.startswith(SERVED_KEY):
                 unpack_served(key, data)
+            elif key == SHARED_COUNTS_KEY:
+                unpack_shared_counts(data)
         except CorruptDataError:
-            if key in (LIMITS_KEY, USAGE_KEY) or key.startswith((TTL_KEY, SERVED_KEY)):
+            if key in (LIMITS_KEY, USAGE_KEY, SHARED_COUNTS_KEY) or key.startswith((TTL_KEY, SERVED_KEY)):
                 yield META, key
     for key, data in reader.scan(LABELS):
         try:

@@ -17,6 +17,7 @@ from promptdb.forecast import Forecast, Sizes, forecast
 from promptdb.keys import Root, common_prefix
 from promptdb.passes import Passes, VanishedError
 from promptdb.plan import Limits
+from promptdb.prefetch import Prefetch, with_next
 from promptdb.scores import TokenScores
 from promptdb.served import Served
 from promptdb.snapshot import Match
@@ -112,7 +113,8 @@ def run(
 
     Notes
     -----
-    The engine is free for others between windows. See docs/batches.md.
+    The engine is free for others between windows. With a shared store, prompts are taken a window ahead, and what they
+    lack is fetched while the window before them is computed. See docs/batches.md.
     """
     if isinstance(prompts, (str, bytes, Mapping)) or not isinstance(prompts, Iterable):
         raise InputTypeError(
@@ -128,8 +130,18 @@ def run(
         return
     bounds = limits or BatchLimits.for_device(engine.device)
     row_bytes = engine._extender.runner.vocabulary * 4 if want_logits else 0
-    for window in _windows(asked, bounds, row_bytes):
-        yield from _Window(engine, window, want_logits, store, bounds, on_progress).results()
+    windows = _windows(asked, bounds, row_bytes)
+    if engine._extender.tier is None:
+        for window in windows:
+            yield from _Window(engine, window, want_logits, store, bounds, on_progress).results()
+        return
+    prefetch = Prefetch(engine._extender)
+    try:
+        for window, following in with_next(windows):
+            this = _Window(engine, window, want_logits, store, bounds, on_progress, prefetch, following)
+            yield from this.results()
+    finally:
+        prefetch.close()
 
 
 def plan(
@@ -214,7 +226,10 @@ class _Window:
         store: bool,
         limits: BatchLimits,
         on_progress: Callable[[Progress], None] | None,
+        prefetch: Prefetch | None = None,
+        following: Sequence[Prompt] | None = None,
     ) -> None:
+        self._prefetch, self._following = prefetch, following
         self._engine, self._prompts, self._want_logits, self._store = engine, window, want_logits, store
         self._extender = engine._extender
         self._limits, self._report = limits, on_progress or (lambda progress: None)
@@ -234,7 +249,8 @@ class _Window:
                 runner.check_placement()
                 self._extender.storer.queue.flush()
                 if not attempts:
-                    self._extender.pull(root, self._prompts)
+                    if self._prefetch is not None:
+                        self._pull(root, self._prefetch)
                     again = engine.share_untouched(root, self._prompts, store=self._store)
                     shared = [before + more for before, more in zip(shared, again, strict=True)]
                 healed = self._extender.loader.num_healed
@@ -246,7 +262,20 @@ class _Window:
                 except VanishedError:
                     # What was damaged is a miss from now on: there may be more of it.
                     attempts += self._extender.loader.num_healed == healed
+                except BaseException:
+                    self._extender.give_up()
+                    raise
         raise ModelError("the model's weights change while they are used", "change them between calls")
+
+    def _pull(self, root: Root, prefetch: Prefetch) -> None:
+        """Fetch what is missing and was not fetched ahead, and begin with the next window."""
+        extender = self._extender
+        if not prefetch.finish(root, self._prompts):
+            extender.fetch(root, self._prompts)
+        if self._store:
+            extender.settle(root, self._prompts)
+        if self._following is not None:
+            prefetch.begin(root, self._following)
 
     def _attempt(self, root: Root, *, blindly: bool) -> list[Result]:
         began = perf_counter()

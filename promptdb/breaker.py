@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 import random
 import threading
 import time
 from collections.abc import Callable
 
-logger = logging.getLogger("promptdb")
+from promptdb.events import note, warn
 
 _FIRST_WAIT_S = 1.0
 _LONGEST_WAIT_S = 60.0
@@ -24,18 +23,19 @@ class Breaker:
     Parameters
     ----------
     what : the far side and what is asked of it, for the log.
-    level : of what is logged: where failures are raised, they need not be warned of.
+    is_loud : warn of failures; where they are raised, they need not be.
     clock : seconds, for tests.
 
     Attributes
     ----------
     num_failures : in all.
     last_failure : message of the last one; empty if there was none since it last worked.
+    latest : when the last one was, by the clock, and its message.
     """
 
-    def __init__(self, what: str, *, level: int = logging.WARNING, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, what: str, *, is_loud: bool = True, clock: Callable[[], float] = time.monotonic) -> None:
         self._what = what
-        self._level = level
+        self._say = warn if is_loud else note
         self._clock = clock
         self._lock = threading.Lock()
         self._in_a_row = 0
@@ -43,6 +43,7 @@ class Breaker:
         self._is_trying = False
         self.num_failures = 0
         self.last_failure = ""
+        self.latest: tuple[float, str] = (float("-inf"), "")
 
     def allows(self) -> bool:
         """Return whether to ask now. Who is allowed to must tell how it went."""
@@ -64,7 +65,7 @@ class Breaker:
         with self._lock:
             was_failing, self._in_a_row, self._is_trying, self.last_failure = self._in_a_row, 0, False, ""
         if was_failing:
-            logger.log(self._level, "%s works again", self._what)
+            self._say("shared_works", f"{self._what} works again", what=self._what)
 
     def failed(self, reason: str) -> None:
         """Note that it did not."""
@@ -74,10 +75,12 @@ class Breaker:
             is_first = not self._in_a_row
             self.num_failures += 1
             self.last_failure = reason
+            self.latest = self._clock(), reason
             self._is_trying = False
             if is_news:
                 wait_s = min(_LONGEST_WAIT_S, _FIRST_WAIT_S * 2**self._in_a_row)
                 self._in_a_row = min(self._in_a_row + 1, 16)
                 self._next_try = self._clock() + wait_s * random.uniform(0.5, 1.5)
         if is_first:
-            logger.log(self._level, "%s failed, and is left alone for a while: %s", self._what, reason)
+            message = f"{self._what} failed, and is left alone for a while: {reason}"
+            self._say("shared_failed", message, what=self._what, reason=reason)

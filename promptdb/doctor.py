@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Iterator
-from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -13,11 +12,11 @@ from typing import Any
 from promptdb.db import PromptDB
 from promptdb.errors import PromptDBError
 from promptdb.filesystem import REMOTE_TYPES, filesystem_type
+from promptdb.finding import ERROR, LEVELS, NOTE, OK, WARNING, Finding
 from promptdb.format import FORMAT_VERSION
+from promptdb.shared_doctor import examine_shared
 from promptdb.tables import Reading
 from promptdb.version import __version__
-
-OK, NOTE, WARNING, ERROR = "ok", "note", "warning", "error"
 
 # The ranges that are supported, as in the package's requirements.
 _OLDEST = {"torch": (2, 11), "transformers": (5, 17), "lmdb": (1, 6)}
@@ -27,21 +26,13 @@ _MANY_TRANSACTIONS = 100
 _SLACK_SHARE, _SLACK_BYTES = 0.5, 64 << 20
 
 
-@dataclass(frozen=True)
-class Finding:
-    """What was looked at: how bad it is (``ok``, ``note``, ``warning``, ``error``), what it is, and what to do."""
-
-    level: str
-    what: str
-    hint: str = ""
-
-
-def examine(path: Path) -> list[Finding]:
-    """Look at a store, its disk, who has it open, and the libraries that are installed.
+def examine(path: Path, shared: str | None = None) -> list[Finding]:
+    """Look at a store, its disk, who has it open, the store that it shares, and the libraries that are installed.
 
     Parameters
     ----------
     path : directory of the store.
+    shared : URL of the shared store; by default that of the environment, else of the store's setting.
 
     Returns
     -------
@@ -53,11 +44,11 @@ def examine(path: Path) -> list[Finding]:
         with PromptDB(path, readonly=True) as db:
             for look in (_disk, _limits, _readers, _damage, _models):
                 findings += look(db)
+            findings += examine_shared(db, shared)
     except PromptDBError as error:
         findings.append(Finding(ERROR, error.message, error.hint))
     findings += _versions()
-    order = (ERROR, WARNING, NOTE, OK)
-    return sorted(findings, key=lambda finding: order.index(finding.level))
+    return sorted(findings, key=lambda finding: LEVELS.index(finding.level))
 
 
 def _place(path: Path) -> Iterator[Finding]:

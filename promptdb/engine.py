@@ -268,7 +268,7 @@ class Engine:
             self._extender.storer.queue.raise_failures()
             computed = self._num_computed
             match = self._extender.match(self.root_of(asked.packed), asked.packed)
-            if not match.is_complete and not keep_all and self._extender.pull(match.root, [asked]):
+            if not match.is_complete and not keep_all and self._extender.pull(match.root, [asked], store=store):
                 match = self._extender.match(match.root, asked.packed)
             self._extender.runner.check_mode()
             shared = 0
@@ -281,7 +281,11 @@ class Engine:
                 with self._lock:
                     # Another thread may have computed it while this one waited.
                     known = match if computed == self._num_computed and not match.is_complete else None
-                    found = self._compute(known, asked, began, keep_all=keep_all, store=store)
+                    try:
+                        found = self._compute(known, asked, began, keep_all=keep_all, store=store)
+                    except BaseException:
+                        self._extender.give_up()
+                        raise
         if shared:
             found = replace(
                 found, tokens_loaded=found.tokens_loaded - shared, tokens_computed=found.tokens_computed + shared

@@ -22,3 +22,8 @@ def warn(event: str, message: str, **fields: Any) -> None:
 def note(event: str, message: str, **fields: Any) -> None:
     """Say what nobody needs to know who does not look for it."""
     _logger.debug("%s", message[:_MOST_CHARACTERS], extra={"event": event, **fields})
+
+
+def unexpected(event: str, message: str, **fields: Any) -> None:
+    """Say that something failed that should not, and where: within an ``except``."""
+    _logger.error("%s", message[:_MOST_CHARACTERS], exc_info=True, extra={"event": event, **fields})

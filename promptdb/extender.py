@@ -3,6 +3,7 @@ it is."""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from time import perf_counter
@@ -109,13 +110,52 @@ class Extender:
                 match = self._match(root, packed)
         return self._strictly(match) if self._strict and not match.is_damaged else match
 
-    def pull(self, root: Root, prompts: Sequence[Prompt]) -> bool:
+    def pull(self, root: Root, prompts: Sequence[Prompt], *, store: bool) -> bool:
         """Fetch from the shared store, if there is one, what the local one lacks of prompts; return whether it got any.
 
+        Parameters
+        ----------
+        store : what is still missing then is computed and stored: see :meth:`settle`.
+        """
+        found = self.fetch(root, prompts)
+        return (store and self.settle(root, prompts)) or found
+
+    def fetch(self, root: Root, prompts: Sequence[Prompt], stop: threading.Event | None = None) -> bool:
+        """Fetch what the local store lacks of prompts; return whether anything came. Thread safe.
+
         What is held in memory needs nothing. Waits for what is being written of a prompt.
+
+        Parameters
+        ----------
+        stop : when it is set, no more is fetched.
         """
         if self.tier is None:
             return False
+        wants, rate = self._wants(root, prompts), self.cost.rates.get("compute_tokens_per_s")
+        return bool(wants) and self.tier.pull(root, wants, rate, stop) > 0
+
+    def settle(self, root: Root, prompts: Sequence[Prompt]) -> bool:
+        """Tell others that what is missing is computed here; return whether anything came.
+
+        If they compute it already, they are waited for as long as that is sooner.
+        """
+        if self.tier is None:
+            return False
+        rates = self.cost.rates
+        return self.tier.leases.settle(
+            root,
+            lambda: self._wants(root, prompts),
+            rates.get("compute_tokens_per_s"),
+            rates.get("kv_bytes_per_token"),
+        )
+
+    def give_up(self) -> None:
+        """Let other machines know that what was to be computed here will not be."""
+        if self.tier is not None:
+            self.tier.leases.give_up()
+
+    def _wants(self, root: Root, prompts: Sequence[Prompt]) -> list[Want]:
+        """Return the prompts of which the local store has too little."""
         wants = []
         for prompt in prompts:
             packed = prompt.packed
@@ -125,7 +165,7 @@ class Extender:
             match = self._match(root, packed)
             if not match.is_complete and not match.is_damaged:
                 wants.append(Want(packed, prompt.boundaries, match.num_tokens, match.has_logits))
-        return bool(wants) and self.tier.pull(root, wants, self.cost.rates.get("compute_tokens_per_s")) > 0
+        return wants
 
     def _match(self, root: Root, packed: bytes) -> Match:
         return self.match_all(root, [packed])[0]

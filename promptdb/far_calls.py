@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import partial
 from time import monotonic
 from typing import TypeVar
@@ -17,6 +15,7 @@ from typing import TypeVar
 from promptdb.breaker import Breaker
 from promptdb.errors import SharedError
 from promptdb.far import FarStore, Pieces
+from promptdb.shared_counts import Counts
 from promptdb.shared_options import SharedOptions
 
 Result = TypeVar("Result")
@@ -27,50 +26,21 @@ _MOST_BYTES_AHEAD = 256 << 20
 _FEWEST_BYTES = 1 << 20
 
 
-@dataclass
-class Counts:
-    """What a process has done with a shared store since it opened it.
-
-    Attributes
-    ----------
-    lookups, hits : prompts looked up there, and those of which it had more than the local store.
-    round_trips : of those lookups.
-    tokens_fetched, bytes_fetched : that came from there and were stored here.
-    spans_sent, bytes_sent : that were new there.
-    rejected : entries and values that were not what they should be, or not signed by somebody trusted.
-    lost : values that were gone, wholly or in part.
-    skipped : lookups and fetches not made because computing is faster.
-    too_large : spans that the far side should not hold.
-    """
-
-    lookups: int = 0
-    hits: int = 0
-    round_trips: int = 0
-    tokens_fetched: int = 0
-    bytes_fetched: int = 0
-    spans_sent: int = 0
-    bytes_sent: int = 0
-    rejected: int = 0
-    lost: int = 0
-    skipped: int = 0
-    too_large: int = 0
-
-
 class FarCalls:
     """A far store behind deadlines and breakers, one for reading and one for writing. Thread safe.
 
     Attributes
     ----------
-    counts : what was done.
+    counts : what this process has done.
     round_trip_s, bytes_per_s : moving averages of what was measured; None before.
     """
 
     def __init__(self, far: FarStore, options: SharedOptions) -> None:
         self.far = far
         self.options = options
-        level = logging.DEBUG if options.required else logging.WARNING
-        self.reading = Breaker(f"reading from the shared store {far.name}", level=level)
-        self.writing = Breaker(f"writing to the shared store {far.name}", level=level)
+        is_loud = not options.required
+        self.reading = Breaker(f"reading from the shared store {far.name}", is_loud=is_loud)
+        self.writing = Breaker(f"writing to the shared store {far.name}", is_loud=is_loud)
         self.counts = Counts()
         self.round_trip_s: float | None = None
         self.bytes_per_s: float | None = None
@@ -83,6 +53,16 @@ class FarCalls:
     def failure(self) -> str:
         """What the far side failed with last; empty if it works, as far as is known."""
         return self.writing.last_failure or self.reading.last_failure
+
+    @property
+    def num_failures(self) -> int:
+        """How often the far side has failed this process."""
+        return self.reading.num_failures + self.writing.num_failures
+
+    @property
+    def latest_failure(self) -> str:
+        """What it failed with last, though it may have worked since; empty if it never failed."""
+        return max(self.reading.latest, self.writing.latest)[1]
 
     def pause_s(self) -> float:
         """Return how long it will be until sending may be tried: that asks what is there first."""
@@ -106,6 +86,10 @@ class FarCalls:
         if not self.pause_s():
             with suppress(SharedError):
                 self._submit(work)
+
+    def lease(self, keys: Sequence[str], holder: str, ttl_s: float) -> list[float]:
+        """Take leases; see :meth:`promptdb.far.FarStore.lease`. To the far side that is writing, and callers wait."""
+        return self._ask(self.writing, lambda far: far.lease(keys, holder, ttl_s), self.wait_s)
 
     def write(self, work: Callable[[FarStore], Result]) -> Result:
         """Send something; the engine's own timeouts bound each part of it, and nobody waits for it but the sender."""
@@ -141,6 +125,8 @@ class FarCalls:
             error = SharedError(f"{self.far.name}: no answer within {wait_s:.1f} s", "check the network")
             breaker.failed(str(error))
             raise error from None
+        except CancelledError as error:
+            raise SharedError("the shared store is closed", "open the store again") from error
         except SharedError as error:
             breaker.failed(str(error))
             raise
@@ -148,7 +134,7 @@ class FarCalls:
             breaker.failed(repr(error))
             raise
 
-    def fetch(self, wanted: Sequence[tuple[str, int]], deadline_s: float | None = None) -> Iterator[Pieces | None]:
+    def fetch(self, wanted: Sequence[tuple[str, int]], deadline_s: float | None = None) -> Generator[Pieces | None]:
         """Yield values in order, fetched in parallel ahead of whoever takes them, within the deadline of the options.
 
         Parameters

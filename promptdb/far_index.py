@@ -5,6 +5,8 @@
 ``l/<root>/<prefix>``               entry of the logits after a prefix, where no span's value has them
 ``v/<digest>``                      value: an archive with one span (:mod:`promptdb.parcel`)
 ``r/<root>``                        record of a root, as in the table ``roots``
+``t/<tag>/<root><prefix>``          prompt that has a tag (:mod:`promptdb.shared_tags`)
+``c/<root>/<prefix>``               lease: somebody computes the tokens up to the end of a prefix
 ==================================  ===========================================================================
 
 ``<root>`` is the first 16 bytes of the root digest in hex, ``<prefix>`` a prefix digest, ``<token>`` as in a child key:
@@ -22,7 +24,7 @@ from promptdb.intake import MAX_PROMPT_TOKENS
 from promptdb.keys import DIGEST_BYTES, TOKEN_BYTES, PrefixHasher, Root, child_key, common_prefix, node_id, num_tokens
 from promptdb.opening import MAX_CHUNK_TOKENS
 
-SPANS, LOGITS_ENTRIES, VALUES, ROOTS = "i/", "l/", "v/", "r/"
+SPANS, LOGITS_ENTRIES, VALUES, ROOTS, LEASES, TAGS = "i/", "l/", "v/", "r/", "c/", "t/"
 MAX_VALUE_BYTES = 4 << 30
 
 
@@ -44,6 +46,11 @@ def logits_key(root_digest: bytes, prefix_digest: bytes) -> str:
 def value_key(digest: bytes) -> str:
     """Return the key of a value."""
     return VALUES + digest.hex()
+
+
+def lease_key(root_digest: bytes, prefix_digest: bytes) -> str:
+    """Return the key that whoever computes the last tokens of a prefix holds."""
+    return f"{LEASES}{root_part(root_digest)}/{prefix_digest.hex()}"
 
 
 def root_key(root: Root) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from urllib.parse import urlsplit
 
 from promptdb.far import FarStore
@@ -15,10 +16,19 @@ def open_far(options: SharedOptions) -> FarStore:
     ------
     SharedError
         The client is not installed, or the URL cannot be used.
+    MissingLibraryError
+        There is a key, and the library for encryption is not installed.
     """
     stores = [_open(url, options) for url in options.url.split()]
-    if len(stores) == 1:
-        return stores[0]
+    found = stores[0] if len(stores) == 1 else _layers(stores)
+    if not options.key:
+        return found
+    from promptdb.far_sealed import FarSealed
+
+    return FarSealed(found, options.key)
+
+
+def _layers(stores: Sequence[FarStore]) -> FarStore:
     from promptdb.far_layers import FarLayers
 
     return FarLayers(stores)

@@ -70,6 +70,7 @@ class FarRedis:
         self._most_bytes: int | None = None
         self.name = without_secrets(url)
         self.first_batch = _LOOKUP_KEYS
+        self.has_leases = True
 
     # Connections
 
@@ -253,6 +254,31 @@ class FarRedis:
                 for number in range(manifest.num_parts if manifest else 0)
             ]
             self._run("lookups", [("UNLINK", name) for name in names])
+
+    def lease(self, keys: Sequence[str], holder: str, ttl_s: float) -> list[float]:
+        """Take keys that end by themselves. One round trip, and one more if others have some."""
+        life_ms = max(1, round(1000 * ttl_s))
+        names = [self._key(key) for key in keys]
+        with self._asking():
+            taken = self._run("lookups", [("SET", name, holder, "NX", "PX", life_ms) for name in names])
+            refused = [at for at, reply in enumerate(taken) if reply is None]
+            replies = iter(
+                self._run("lookups", [(ask, names[at]) for at in refused for ask in ("GET", "PTTL")]),
+            )
+        left_s = [0.0] * len(keys)
+        for at in refused:
+            owner, left_ms = next(replies), next(replies)
+            if owner is not None and owner != holder.encode() and left_ms > 0:
+                left_s[at] = left_ms / 1000
+        return left_s
+
+    def release(self, keys: Sequence[str], holder: str) -> None:
+        """Remove what a holder has. What another takes between question and removal goes too, which is harmless."""
+        names = [self._key(key) for key in keys]
+        with self._asking():
+            owners = self._run("lookups", [("GET", name) for name in names])
+            own = [name for name, owner in zip(names, owners, strict=True) if owner == holder.encode()]
+            self._run("lookups", [("UNLINK", name) for name in own])
 
     def list(self, prefix: str) -> Iterator[str]:
         """Yield keys, walking over all of the server's."""

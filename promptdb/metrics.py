@@ -6,6 +6,8 @@ from collections.abc import Iterator
 
 from promptdb.db import PromptDB
 from promptdb.errors import StoreError
+from promptdb.outbox import waiting
+from promptdb.shared_counts import read_shared_counts
 
 try:
     from prometheus_client import CollectorRegistry, generate_latest
@@ -31,6 +33,7 @@ _GAUGES = {
     "free_bytes": ("disk_free_bytes", "Free bytes of the disk."),
     "num_readers": ("readers", "Snapshots that are held, in all processes."),
 }
+_MOST_WAITING = 1 << 20
 _COUNTERS = {
     "num_evicted": ("evicted_spans", "Spans evicted since the store was created."),
     "evicted_bytes": ("evicted_bytes", "Bytes of evicted spans."),
@@ -45,6 +48,21 @@ _SERVED = {
     "load_s": ("load_seconds", "Seconds spent on finding and loading."),
     "compute_s": ("compute_seconds", "Seconds spent on computing."),
     "num_quarantined": ("quarantined", "Damaged spans and logits that were taken out."),
+}
+_SHARED = {
+    "lookups": ("shared_lookups", "Prompts looked up in the shared store."),
+    "hits": ("shared_hits", "Of these, prompts of which it had more than this store."),
+    "round_trips": ("shared_round_trips", "Round trips of these lookups."),
+    "tokens_fetched": ("shared_fetched_tokens", "Tokens that came from the shared store."),
+    "bytes_fetched": ("shared_fetched_bytes", "Bytes that came from the shared store."),
+    "spans_sent": ("shared_sent_spans", "Spans sent to the shared store."),
+    "bytes_sent": ("shared_sent_bytes", "Bytes sent to the shared store."),
+    "rejected": ("shared_rejected", "What came from there and did not hold, or was not signed by anybody trusted."),
+    "lost": ("shared_lost", "Values that were gone, wholly or in part."),
+    "skipped": ("shared_skipped", "Lookups and fetches not made, as computing is faster."),
+    "too_large": ("shared_too_large", "Spans that the shared store should not hold."),
+    "waits": ("shared_waits", "Times that another machine was waited for, which computed the same."),
+    "waited_s": ("shared_waited_seconds", "Seconds of these."),
 }
 
 
@@ -73,6 +91,15 @@ class StoreCollector(Collector):
         for field, (name, what) in _COUNTERS.items():
             if field in stat:
                 yield CounterMetricFamily(f"promptdb_{name}", what, value=stat[field])
+        with self._db.read() as snapshot:
+            shared = read_shared_counts(snapshot.reader) if self._db.tier is None else self._db.tier.totals()
+            num_waiting = len(waiting(snapshot.reader, _MOST_WAITING))
+        for field, (name, what) in _SHARED.items():
+            yield CounterMetricFamily(f"promptdb_{name}", what, value=getattr(shared.counts, field))
+        yield CounterMetricFamily("promptdb_shared_failures", "Failures of the shared store.", value=shared.failures)
+        yield GaugeMetricFamily(
+            "promptdb_shared_waiting", "Spans that wait to be sent to the shared store.", value=num_waiting
+        )
         served = self._db.served()
         for field, (name, what) in _SERVED.items():
             family = CounterMetricFamily(f"promptdb_{name}", what, labels=["weights_id", "model"])

@@ -64,3 +64,10 @@ def take_out(writer: Writer, keys: Iterable[bytes]) -> None:
     """Remove entries."""
     for key in keys:
         writer.delete(OUTBOX, key)
+
+
+def oldest_unix_s(reader: Reader) -> float | None:
+    """Return when the oldest entry was put in, or None if nothing waits."""
+    for entry in waiting(reader, 1):
+        return int.from_bytes(entry.key[:_TIME_BYTES], "big") / 1e6
+    return None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from time import monotonic
@@ -12,14 +12,13 @@ from blake3 import blake3
 from promptdb.db import PromptDB
 from promptdb.deposit import Deposit, ImportReport
 from promptdb.errors import CorruptDataError, FormatVersionError, PromptDBError, SharedError
+from promptdb.events import note, warn
 from promptdb.far import FarStore, Pieces, joined
 from promptdb.far_calls import FarCalls
 from promptdb.far_index import Entry, FarStep, Walk, logits_key, value_key
 from promptdb.keys import PrefixHasher, Root, num_tokens
 from promptdb.parcel import unpack
 from promptdb.signing import Trust
-
-logger = logging.getLogger("promptdb")
 
 # A walk that takes longer meets spans that end where nobody can guess: the rest is computed.
 _MOST_TRIPS = 64
@@ -67,18 +66,25 @@ class Puller:
     """
 
     def __init__(self, db: PromptDB, calls: FarCalls, trust: Trust | None) -> None:
-        self._db, self._calls, self._trust = db, calls, trust
+        self._db, self._calls, self.trust = db, calls, trust
         self._num_declined = 0
         self._is_local_failure_known = False
         self._touched: dict[str, float] = {}  # key of the last ancestor -> when
 
-    def pull(self, root: Root, wants: Sequence[Want], compute_tokens_per_s: float | None = None) -> int:
+    def pull(
+        self,
+        root: Root,
+        wants: Sequence[Want],
+        compute_tokens_per_s: float | None = None,
+        stop: threading.Event | None = None,
+    ) -> int:
         """Store here what the far side has of prompts beyond what is here; return 0 unless something may be new.
 
         Parameters
         ----------
         compute_tokens_per_s : how fast the model is; what is computed sooner than fetched is left there. None: not
             known, so everything is fetched.
+        stop : when it is set, no more is fetched.
 
         Raises
         ------
@@ -94,12 +100,12 @@ class Puller:
         try:
             if not wants or not self._is_worth(wants, compute_tokens_per_s):
                 return 0
-            items = self._find(root, wants, compute_tokens_per_s)
-            return self.fetch(items) if items else 0
+            items = self.find(root, wants, compute_tokens_per_s)
+            return self.fetch(items, stop=stop) if items else 0
         except SharedError as error:
             if self._calls.options.required:
                 raise
-            logger.debug("computed, not fetched: %s", error)
+            note("shared_not_fetched", f"computed, not fetched: {error}", num_prompts=len(wants))
             return len(items)  # what came before it failed may be here
 
     def _is_worth(self, wants: Sequence[Want], rate: float | None) -> bool:
@@ -119,7 +125,14 @@ class Puller:
 
     # Finding
 
-    def _find(self, root: Root, wants: Sequence[Want], rate: float | None) -> list[Item]:
+    def find(self, root: Root, wants: Sequence[Want], rate: float | None = None) -> list[Item]:
+        """Return what there is to fetch of prompts: all of it, or, if the model's rate is known, what that is good for.
+
+        Raises
+        ------
+        SharedError
+            The far side fails.
+        """
         calls, counts = self._calls, self._calls.counts
         chunk = self._db.chunk_tokens
         walks = [Walk(root, want.packed, want.start, want.boundaries, chunk) for want in wants]
@@ -189,7 +202,7 @@ class Puller:
             except CorruptDataError as error:
                 self._reject(key, error.message, [key])
                 continue
-            if self._trust is not None and not self._trust.holds(entry.message(key), entry.public_key, entry.signature):
+            if self.trust is not None and not self.trust.holds(entry.message(key), entry.public_key, entry.signature):
                 # Left where it is: others may trust whoever wrote it.
                 self._reject(key, "not signed by anybody trusted", [])
                 continue
@@ -216,6 +229,7 @@ class Puller:
         items: Sequence[Item],
         progress: Callable[[Item], object] = lambda item: None,
         deadline_s: float | None = None,
+        stop: threading.Event | None = None,
     ) -> int:
         """Fetch values, check them, and store their spans; return how many tokens, or logits, are new here.
 
@@ -231,13 +245,17 @@ class Puller:
         wanted = [(value_key(item.entry.value), item.entry.size_bytes) for item in items]
         values = self._calls.fetch(wanted, deadline_s)
         try:
-            for item, pieces in zip(items, values, strict=True):
+            for item in items:
+                if stop is not None and stop.is_set():
+                    break
+                pieces = next(values)
                 if item.after not in broken and self._take(item.key, item.entry, pieces, deposit):
                     size_bytes += item.entry.size_bytes
                     progress(item)
                 else:
                     broken.add(item.key)
         finally:
+            values.close()
             self._at_home(deposit.flush)
             self._calls.fetched(size_bytes, monotonic() - began)
             self._calls.counts.tokens_fetched += report.tokens_stored
@@ -255,7 +273,7 @@ class Puller:
             raise
         except PromptDBError as error:
             if not self._is_local_failure_known:
-                logger.warning("what came from the shared store could not be stored here: %s", error)
+                warn("shared_not_stored", f"what came from the shared store could not be stored here: {error}")
             self._is_local_failure_known = True
             return False
         return True
@@ -283,8 +301,9 @@ class Puller:
     def _reject(self, key: str, reason: str, keys: Sequence[str]) -> None:
         counts = self._calls.counts
         counts.rejected += 1
-        say = logger.warning if counts.rejected == 1 else logger.debug
-        say("rejected from the shared store, and computed instead: %s: %s", key, reason)
+        say = warn if counts.rejected == 1 else note
+        message = f"rejected from the shared store, and computed instead: {key}: {reason}"
+        say("shared_rejected", message, key=key, reason=reason)
         self._clear(keys)
 
     def _clear(self, keys: Sequence[str]) -> None:
@@ -294,4 +313,4 @@ class Puller:
         try:
             self._calls.write(lambda far: far.delete(keys))
         except SharedError as error:
-            logger.debug("what is broken in the shared store stays there: %s", error)
+            note("shared_not_cleared", f"what is broken in the shared store stays there: {error}", keys=list(keys))

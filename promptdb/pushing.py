@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -10,15 +9,14 @@ from functools import partial
 from blake3 import blake3
 
 from promptdb.errors import CorruptDataError
-from promptdb.far import Bytes, FarStore, TooLargeError, joined
+from promptdb.events import note, warn
+from promptdb.far import Bytes, FarStore, TooLargeError, check_not_sealed, joined
 from promptdb.far_calls import FarCalls
 from promptdb.far_index import Entry, logits_key, root_key, span_key, value_key
 from promptdb.format import TOTALS, pack_root
 from promptdb.keys import PrefixHasher, Root, common_prefix
 from promptdb.parcel import Parcel
 from promptdb.signing import Signer
-
-logger = logging.getLogger("promptdb")
 
 # Each turn, what is left of a span begins later, or somebody else was faster.
 _MOST_TURNS = 64
@@ -46,7 +44,7 @@ class Pusher:
     """
 
     def __init__(self, calls: FarCalls, signer: Signer | None) -> None:
-        self._calls, self._signer = calls, signer
+        self._calls, self.signer = calls, signer
         self._known_roots: set[bytes] = set()
         self._has_told_size = False
 
@@ -65,9 +63,11 @@ class Pusher:
         report = PushReport()
         self._announce({parcel.root.digest: parcel.root for parcel in parcels})
         waiting = [(self._logits_key(each) if logits_only else _key(each), each) for each in parcels]
+        lost_races: list[tuple[str, Parcel]] = []
         for _ in range(_MOST_TURNS):
             if not waiting:
                 break
+            self._clear_unreadable([key for key, _ in lost_races])
             new, again, logits, present = self._compare(waiting, logits_only=logits_only)
             sent, lost_races = self._send(new)
             report += sent + PushReport(num_present=present)
@@ -80,6 +80,14 @@ class Pusher:
         counts.too_large += report.num_too_large
         return report
 
+    def _clear_unreadable(self, keys: Sequence[str]) -> None:
+        """Take out what keeps entries from being created and cannot be read either: it was damaged on the far side."""
+        if keys:
+            found = self._calls.read(lambda far: far.get(keys))
+            unreadable = [key for key, pieces in zip(keys, found, strict=True) if pieces is None]
+            if unreadable:
+                self._calls.write(partial(_delete, unreadable))
+
     @staticmethod
     def _logits_key(parcel: Parcel) -> str:
         digest = PrefixHasher(parcel.root.digest, parcel.packed).at(parcel.record.end)
@@ -89,6 +97,8 @@ class Pusher:
         """Enter roots, so that others can list what is there."""
         new = {digest: root for digest, root in roots.items() if digest not in self._known_roots}
         if new:
+            if not self._calls.options.key and not self._known_roots:
+                self._calls.write(check_not_sealed)
             items = [(root_key(root), pack_root(root, dict.fromkeys(TOTALS, 0))) for root in new.values()]
             self._calls.write(lambda far: far.put(items))
             self._known_roots |= set(new)
@@ -156,15 +166,18 @@ class Pusher:
         return PushReport(len(won), sum(won), 0, len(parcels) - len(kept)), lost
 
     def _signed(self, key: str, entry: Entry) -> Entry:
-        if self._signer is None:
+        if self.signer is None:
             return entry
-        signature = self._signer.sign(entry.message(key))
-        return Entry(**{**vars(entry), "public_key": self._signer.public_key, "signature": signature})
+        signature = self.signer.sign(entry.message(key))
+        return Entry(**{**vars(entry), "public_key": self.signer.public_key, "signature": signature})
 
     def _tell_size(self, parcel: Parcel, size_bytes: int) -> None:
-        say = logger.debug if self._has_told_size else logger.warning
+        say = note if self._has_told_size else warn
         self._has_told_size = True
-        say("span %s of %d bytes is too large for the shared store, and stays here", parcel.node.hex()[:12], size_bytes)
+        message = (
+            f"span {parcel.node.hex()[:12]} of {size_bytes} bytes is too large for the shared store, and stays here"
+        )
+        say("shared_too_large", message, node=parcel.node.hex(), size_bytes=size_bytes)
 
 
 def _key(parcel: Parcel) -> str:

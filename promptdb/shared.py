@@ -2,33 +2,34 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import threading
+import time
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING
 
 from promptdb.errors import CorruptDataError, NodeNotFoundError, PromptDBError, SharedError
+from promptdb.events import note, unexpected, warn
 from promptdb.far import FarStore
 from promptdb.far_calls import FarCalls
 from promptdb.far_open import open_far
 from promptdb.keys import Root
+from promptdb.leases import Leases
 from promptdb.outbox import SPAN, Waiting, take_out, waiting
 from promptdb.parcel import Parcel, load_logits, load_parcel
 from promptdb.pulling import Puller, Want
 from promptdb.pushing import Pusher, PushReport
+from promptdb.shared_counts import SharedTotals, read_shared_counts, write_shared_counts
 from promptdb.shared_options import SharedOptions
 from promptdb.signing import Signer, Trust
 
 if TYPE_CHECKING:
     from promptdb.db import PromptDB
-
-logger = logging.getLogger("promptdb")
 
 _LOCK_FILE = "outbox.lock"
 _POLL_S = 0.25
@@ -37,6 +38,7 @@ _BATCH_BYTES = 32 << 20
 # How long closing a store waits for what is queued; the rest is sent when it is opened again.
 _CLOSE_WAIT_S = 5.0
 _LOCAL_FAILURE_S = 60.0
+_COUNTS_EVERY_S = 60.0
 
 _connecting = threading.Lock()
 
@@ -74,29 +76,43 @@ class Tier:
     """
 
     def __init__(self, db: PromptDB, options: SharedOptions, far: FarStore | None = None) -> None:
-        self._db = db
+        self.db = db
         self.options = options
         self.calls = FarCalls(far or open_far(options), options)
         trust = Trust(options.trust) if options.trust else None
         self.puller = Puller(db, self.calls, trust)
+        self.leases = Leases(db, self.calls, self.puller)
         self.pusher = Pusher(self.calls, Signer(options.sign_with) if options.sign_with else None)
+        self._counted = SharedTotals()  # what is written of what this process has counted
+        self._counting = threading.Lock()
+        self._count_at = monotonic() + _COUNTS_EVERY_S
         self._wake = threading.Condition()
         self._is_closing = False
         self._not_before = 0.0
+        self._has_told_failure = False
         self._thread: threading.Thread | None = None
         if not options.readonly:
             self._thread = threading.Thread(target=_run, args=(weakref.ref(self),), name="promptdb-shared", daemon=True)
             self._thread.start()
 
-    def pull(self, root: Root, wants: Sequence[Want], compute_tokens_per_s: float | None = None) -> int:
+    def pull(
+        self,
+        root: Root,
+        wants: Sequence[Want],
+        compute_tokens_per_s: float | None = None,
+        stop: threading.Event | None = None,
+    ) -> int:
         """Fetch what is missing of prompts; see :meth:`promptdb.pulling.Puller.pull`."""
-        return self.puller.pull(root, wants, compute_tokens_per_s)
+        try:
+            return self.puller.pull(root, wants, compute_tokens_per_s, stop)
+        finally:
+            self._write_counts_now_and_then()
 
     # The outbox
 
     def num_waiting(self, most: int = 1 << 20) -> int:
         """Return how many spans and logits wait to be sent, up to a number."""
-        with self._db.read() as snapshot:
+        with self.db.read() as snapshot:
             return len(waiting(snapshot.reader, most))
 
     def flush(self, wait_s: float | None = None) -> bool:
@@ -124,11 +140,11 @@ class Tier:
 
     def _send_some(self) -> bool:
         """Send the oldest entries of the outbox, if no other process does; return whether there may be more."""
-        with self._db.read() as snapshot:
+        with self.db.read() as snapshot:
             entries = waiting(snapshot.reader, _BATCH_ENTRIES)
         if not entries or self.calls.pause_s() or monotonic() < self._not_before:
             return False
-        with _claim(self._db.path) as is_ours:
+        with _claim(self.db.path) as is_ours:
             if not is_ours:
                 return False
             done: list[bytes] = []
@@ -147,32 +163,38 @@ class Tier:
                 self.pusher.push(spans)
             if logits:
                 self.pusher.push(logits, logits_only=True)
-            self._db._index.transact(lambda writer: take_out(writer, done))
+            self.db._index.transact(lambda writer: take_out(writer, done))
+            self._has_told_failure = False
         return True
 
     def _load(self, entry: Waiting) -> Parcel | None:
         """Return what an entry names, or None if it is gone or damaged: then there is nothing to send."""
         try:
             if entry.kind == SPAN:
-                return load_parcel(self._db, entry.identity)
-            return load_logits(self._db, entry.identity)
+                return load_parcel(self.db, entry.identity)
+            return load_logits(self.db, entry.identity)
         except (NodeNotFoundError, CorruptDataError) as error:
-            logger.debug("not sent to the shared store: %s", error)
+            note("shared_nothing_to_send", f"not sent to the shared store: {error}", identity=entry.identity.hex())
             return None
 
     def _round(self) -> float:
         """Do what there is to do; return how long to wait before the next time."""
         try:
+            self._write_counts_now_and_then()
             return 0.0 if self._send_some() else _POLL_S
         except SharedError as error:
-            logger.debug("not sent yet: %s", error)
+            note("shared_not_sent", f"not sent yet: {error}")
             return _POLL_S
         except PromptDBError as error:
-            logger.warning("nothing is sent to the shared store, as the local one fails: %s", error)
-        except Exception:
+            if not self._has_told_failure:
+                warn("shared_local_failure", f"nothing is sent to the shared store, as the local one fails: {error}")
+            self._has_told_failure = True
+        except Exception:  # noqa: BLE001 - told, and the thread goes on
             if self._is_closing:  # what it used was closed under it
                 return 0.0
-            logger.exception("sending to the shared store failed")
+            if not self._has_told_failure:
+                unexpected("shared_send_failed", "sending to the shared store failed; it is tried once a minute")
+            self._has_told_failure = True
         self._not_before = monotonic() + _LOCAL_FAILURE_S
         return _POLL_S
 
@@ -192,19 +214,51 @@ class Tier:
             "waiting": self.num_waiting(),
             "round_trip_s": self.calls.round_trip_s,
             "bytes_per_s": self.calls.bytes_per_s,
-            "failures": self.calls.reading.num_failures + self.calls.writing.num_failures,
+            "failures": self.calls.num_failures,
             "last_failure": self.calls.failure,
         }
+
+    def totals(self) -> SharedTotals:
+        """Return what all processes have had of the shared store that have used this local one, this one included."""
+        with self._counting, self.db.read() as snapshot:
+            return read_shared_counts(snapshot.reader).add(self._uncounted())
+
+    def _uncounted(self) -> SharedTotals:
+        """Return what is not written yet. Holds the lock."""
+        failures = self.calls.num_failures - self._counted.failures
+        failure = self.calls.latest_failure if failures else ""
+        counts = replace(self.calls.counts) - self._counted.counts
+        return SharedTotals(counts, failures, failure, time.time() if failures else 0.0)
+
+    def _write_counts_now_and_then(self) -> None:
+        if monotonic() >= self._count_at:
+            self._write_counts()
+
+    def _write_counts(self) -> None:
+        """Add what was counted to what is stored. Never fails: it is a hint."""
+        with self._counting:
+            self._count_at = monotonic() + _COUNTS_EVERY_S
+            new = self._uncounted()
+            if new == SharedTotals() or self.db.readonly:
+                return
+            try:
+                self.db._index.transact(lambda writer: write_shared_counts(writer, new))
+            except PromptDBError as error:
+                note("shared_counts_not_written", f"what was had of the shared store was not counted: {error}")
+                return
+            self._counted = self._counted.add(new)
 
     def close(self) -> None:
         """Send what waits, for some seconds at most, and release connections."""
         if self._is_closing:
             return
         thread = self._thread
+        self.leases.close()
         try:
             if thread is not None and thread is not threading.current_thread():
                 self.flush(_CLOSE_WAIT_S)
         finally:
+            self._write_counts()
             with self._wake:
                 self._is_closing = True
                 self._wake.notify_all()

@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
 from promptdb.errors import CorruptDataError, InputTypeError, SharedError
 from promptdb.format import META, pack_record, unpack_record
 from promptdb.tables import Reader, Writer
+from promptdb.userkey import KEY_BYTES, find_key
 
 SHARED_VARIABLE = "PROMPTDB_SHARED"
 SIGN_VARIABLE = "PROMPTDB_SHARED_SIGN"
 TRUST_VARIABLE = "PROMPTDB_SHARED_TRUST"
 PASSWORD_VARIABLE = "PROMPTDB_SHARED_PASSWORD"
+SHARED_KEY_VARIABLES = ("PROMPTDB_SHARED_KEY", "PROMPTDB_SHARED_KEY_FILE")
 NONE = "none"
 
 _KEY = b"shared"
 REDIS_SCHEMES = ("redis", "rediss", "redis+cluster", "rediss+cluster")
 OBJECT_SCHEMES = ("s3", "s3a", "gs", "az", "file")
-_SECONDS = ("timeout_s", "connect_timeout_s", "deadline_s", "ttl_s")
+_SECONDS = ("timeout_s", "connect_timeout_s", "deadline_s", "ttl_s", "lease_s")
 _FLAGS = ("readonly",)
 
 
@@ -37,10 +39,14 @@ class SharedOptions:
     connect_timeout_s : how long connecting may take.
     deadline_s : how long a call may wait for everything that it fetches.
     ttl_s : how long what is written lives there, if the engine can tell (Redis can).
+    lease_s : for how long at most others are told what is computed here, so that they may wait for it; 0: they are not,
+        and nobody is waited for. Object stores and directories do without.
     concurrency : how many values are fetched or sent at once.
     readonly : nothing is written there.
     sign_with : file with the private key that values are signed with; see :mod:`promptdb.signing`.
     trust : file with the public keys of those whose values are used; without it, values need no signature.
+    key : 32 bytes that a team shares; what lies in the shared store is then encrypted. See
+        :class:`promptdb.far_sealed.FarSealed`.
     """
 
     url: str
@@ -49,10 +55,12 @@ class SharedOptions:
     connect_timeout_s: float = 1.0
     deadline_s: float = 30.0
     ttl_s: float | None = None
+    lease_s: float = 60.0
     concurrency: int = 4
     readonly: bool = False
     sign_with: str = ""
     trust: str = ""
+    key: bytes = field(default=b"", repr=False)
 
     def __post_init__(self) -> None:
         if not isinstance(self.url, str) or not self.url.split():
@@ -63,8 +71,14 @@ class SharedOptions:
                 raise SharedError(f"{without_secrets(url)!r} is no URL of a shared store", f"known are {known}")
         for name in _SECONDS:
             value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0):
+            is_off = name == "lease_s" and value == 0
+            is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if value is not None and not is_off and not (is_number and value > 0):
                 raise SharedError(f"{name} of the shared store is {value!r}", "give a number of seconds above zero")
+        if not isinstance(self.key, bytes) or len(self.key) not in (0, KEY_BYTES):
+            raise InputTypeError(
+                f"the key of a shared store is not {KEY_BYTES} bytes", "`openssl rand -hex 32` makes one"
+            )
         if type(self.concurrency) is not int or not 1 <= self.concurrency <= 64:
             raise SharedError(f"concurrency of the shared store is {self.concurrency!r}", "give a number from 1 to 64")
 
@@ -72,13 +86,15 @@ class SharedOptions:
     def of_url(cls, url: str, *, required: bool = False, environment: Mapping[str, str] = os.environ) -> SharedOptions:
         """Return the options that URLs give; what is not ours in their queries stays there, for the client.
 
-        Keys for signing come from the environment: ``PROMPTDB_SHARED_SIGN``, ``PROMPTDB_SHARED_TRUST``.
+        Keys come from the environment: ``PROMPTDB_SHARED_SIGN``, ``PROMPTDB_SHARED_TRUST``, and ``PROMPTDB_SHARED_KEY``
+        or ``PROMPTDB_SHARED_KEY_FILE``.
         """
         options = cls(
             url,
             required=required,
             sign_with=environment.get(SIGN_VARIABLE, ""),
             trust=environment.get(TRUST_VARIABLE, ""),
+            key=find_key(None, SHARED_KEY_VARIABLES, environment) or b"",
         )
         kept: list[str] = []
         found: dict[str, Any] = {}

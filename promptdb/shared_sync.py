@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING
 
 from promptdb.archive import Selection
 from promptdb.errors import CorruptDataError, NodeNotFoundError
-from promptdb.far import joined
-from promptdb.far_index import LOGITS_ENTRIES, ROOTS, SPANS, Entry, root_part, span_key, value_key
-from promptdb.format import LIFE, LOGITS, NODES, NodeRecord, unpack_root
+from promptdb.far_index import LOGITS_ENTRIES, Entry, span_key, value_key
+from promptdb.format import LIFE, LOGITS, NODES, NodeRecord
 from promptdb.keys import Root
 from promptdb.life import Life
 from promptdb.outgoing import prefix_of
@@ -21,6 +21,8 @@ from promptdb.parcel import Parcel, load_parcel
 from promptdb.pulling import Item
 from promptdb.pushing import PushReport
 from promptdb.shared import Tier
+from promptdb.shared_parts import Part, below, of_roots, tagged
+from promptdb.shared_tags import Tagged, send_tags
 
 if TYPE_CHECKING:
     from promptdb.db import PromptDB
@@ -63,7 +65,8 @@ def push(
 
     Parameters
     ----------
-    selection : which; see :class:`promptdb.archive.Selection`. By default all that can be found.
+    selection : which; see :class:`promptdb.archive.Selection`. By default all that can be found. A tag is sent along,
+        so that others can pull what has it.
     progress : called with the bytes of blobs looked at so far.
 
     Raises
@@ -93,6 +96,8 @@ def push(
             report += tier.pusher.push(batch)
             looked_at += sum(parcel.record.size_bytes for parcel in batch)
             progress(looked_at)
+    if selection is not None and selection.tag is not None:
+        send_tags(tier, selection.tag)
     return report + PushReport(num_present=present)
 
 
@@ -151,32 +156,64 @@ def pull(
     tier: Tier,
     wants: Callable[[Root], bool] = lambda root: True,
     progress: Callable[[int, int], object] = lambda done, total: None,
+    *,
+    node: bytes | None = None,
+    tag: str | None = None,
 ) -> PullReport:
-    """Fetch everything that the shared store has and the local one has not.
+    """Fetch everything that the shared store has and the local one has not, or a part of it.
 
     Parameters
     ----------
     wants : whether spans of a root are wanted.
     progress : called with the bytes fetched so far, and those that there are to fetch.
+    node : only what continues this span of the local store, and itself.
+    tag : only prompts that :func:`push` has sent with this tag; they get it here, too.
 
     Raises
     ------
     SharedError
         The far side fails. What came is stored: pull again.
+    NodeNotFoundError
+        The local store has no such span, or not what it stands on.
 
     Notes
     -----
-    Lists all keys of the shared store, which takes it a second for some hundred thousand. Memory: 2 kB for each span
-    that is to come, and a batch of 64 MiB.
+    Lists all keys of the shared store, those of the span's root, or those of the tag, which takes it a second for some
+    hundred thousand. Memory: 2 kB for each span that is to come, and a batch of 64 MiB.
     """
     report = PullReport()
     counts = tier.calls.counts
-    rejected, lost = counts.rejected, counts.lost
+    rejected, lost, before = counts.rejected, counts.lost, counts.tokens_fetched
+    prompts: list[tuple[Root, Tagged]] = []
+    try:
+        if tag is not None:
+            prompts, items = tagged(tier, tag, wants)
+            report.num_listed = len(items)
+        else:
+            items = _missing(db, below(tier, node) if node is not None else of_roots(tier, wants), report)
+        _fetch(tier, items, report, progress)
+    finally:
+        report.tokens_stored = counts.tokens_fetched - before
+        report.num_rejected, report.num_lost = counts.rejected - rejected, counts.lost - lost
+    for root, each in prompts:
+        with suppress(NodeNotFoundError):
+            db.tag(tag or "", root, each.packed)
+    return report
+
+
+def _missing(db: PromptDB, found: Part, report: PullReport) -> list[Item]:
+    """Return what is not here, page by page of what was found."""
     items: list[Item] = []
-    for root in _roots(tier):
-        if wants(root):
-            for prefix in (SPANS, LOGITS_ENTRIES):
-                items += _missing(db, tier, f"{prefix}{root_part(root.digest)}/", report)
+    while page := list(islice(found, _LIST_KEYS)):
+        report.num_listed += len(page)
+        with db.read() as snapshot:
+            missing = [(key, entry) for key, entry in page if not _is_here(snapshot.reader.get, key, entry)]
+        report.num_present += len(page) - len(missing)
+        items += [Item(key, entry, "", entry.num_tokens) for key, entry in missing]
+    return items
+
+
+def _fetch(tier: Tier, items: list[Item], report: PullReport, progress: Callable[[int, int], object]) -> None:
     # What others stand on comes first, and a span's logits after it.
     items.sort(key=lambda item: (item.key.startswith(LOGITS_ENTRIES), item.entry.start))
     total = sum(item.entry.size_bytes for item in items)
@@ -185,46 +222,8 @@ def pull(
         report.bytes_fetched += item.entry.size_bytes
         progress(report.bytes_fetched, total)
 
-    before = counts.tokens_fetched
-    try:
-        for batch in _portions(items):
-            tier.puller.fetch(batch, note, _DEADLINE_S)
-    finally:
-        report.tokens_stored = counts.tokens_fetched - before
-        report.num_rejected, report.num_lost = counts.rejected - rejected, counts.lost - lost
-    return report
-
-
-def _roots(tier: Tier) -> list[Root]:
-    keys = sorted(tier.calls.read(lambda far: list(far.list(ROOTS)), wait_s=_DEADLINE_S))
-    found = []
-    for key, pieces in zip(keys, tier.calls.read(lambda far: far.get(keys)), strict=True):
-        if pieces is None:
-            continue
-        try:
-            digest = bytes.fromhex(key.removeprefix(ROOTS))
-            root, _ = unpack_root(digest, joined(pieces))
-        except (ValueError, CorruptDataError):
-            tier.calls.counts.rejected += 1
-            continue
-        if root.digest == digest:
-            found.append(root)
-        else:
-            tier.calls.counts.rejected += 1
-    return found
-
-
-def _missing(db: PromptDB, tier: Tier, prefix: str, report: PullReport) -> Iterator[Item]:
-    keys = iter(tier.calls.read(lambda far: list(far.list(prefix)), wait_s=_DEADLINE_S))
-    while page := list(islice(keys, _LIST_KEYS)):
-        report.num_listed += len(page)
-        entries = tier.puller.entries(page, tier.calls.read(lambda far, page=page: far.get(page)))  # type: ignore[misc]
-        with db.read() as snapshot:
-            for key, entry in entries.items():
-                if _is_here(snapshot.reader.get, key, entry):
-                    report.num_present += 1
-                else:
-                    yield Item(key, entry, "", entry.num_tokens)
+    for batch in _portions(items):
+        tier.puller.fetch(batch, note, _DEADLINE_S)
 
 
 def _is_here(get: Callable[[str, bytes], object], key: str, entry: Entry) -> bool:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import itertools
 import threading
+import time
 import uuid
 from abc import abstractmethod
 from collections.abc import Iterator
@@ -155,6 +156,30 @@ class FarContract:
 
         with ThreadPoolExecutor(8) as pool:
             assert all(pool.map(read, list(values) * 5))
+
+    def test_leases(self, far: FarStore, name: str) -> None:
+        """One holder has a key, until it gives it back or the time is over; others hear for how long."""
+        other = self.open_far(name)
+        try:
+            assert far.lease([], "one", 5) == []
+            assert far.lease(["c/aa", "c/bb"], "one", 5) == [0, 0]
+            assert far.lease(["c/aa"], "one", 5) == [0]
+            left_s = other.lease(["c/cc", "c/bb"], "two", 5)
+            if not far.has_leases:
+                assert left_s == [0, 0]
+                return
+            assert left_s[0] == 0
+            assert 3 < left_s[1] <= 5
+            assert (far.get(["c/aa"]), far.exists(["c/aa"]), list(far.list("i/"))) == ([None], [False], [])
+            other.release(["c/aa", "c/none"], "two")
+            assert other.lease(["c/aa"], "two", 5)[0] > 0
+            far.release(["c/aa", "c/cc"], "one")
+            assert other.lease(["c/aa", "c/bb", "c/cc"], "two", 0.1)[0] == 0
+            assert far.lease(["c/aa"], "one", 5)[0] <= 0.1
+            time.sleep(0.15)
+            assert far.lease(["c/aa"], "one", 5) == [0]
+        finally:
+            other.close()
 
     def test_facts_and_closing(self, far: FarStore) -> None:
         """It can be asked what it is, and closed twice."""

@@ -6,6 +6,7 @@ A key is 32 random bytes, written as 64 hexadecimal digits. No passphrases: what
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 from promptdb.errors import InputTypeError, StoreKeyError
@@ -19,13 +20,18 @@ _HOW = f"a key is {2 * KEY_BYTES} hexadecimal digits: `openssl rand -hex {KEY_BY
 _MOST_BYTES = 4096
 
 
-def find_key(key: str | bytes | None) -> bytes | None:
+def find_key(
+    key: str | bytes | None,
+    variables: tuple[str, str] = (KEY_VARIABLE, KEY_FILE_VARIABLE),
+    environment: Mapping[str, str] = os.environ,
+) -> bytes | None:
     """Return the key that was given, or that of the environment, or None if there is none.
 
     Parameters
     ----------
     key : 64 hexadecimal digits or 32 bytes; empty: none; None: ``$PROMPTDB_KEY``, or what the file
         ``$PROMPTDB_KEY_FILE`` holds.
+    variables : names of both variables.
 
     Raises
     ------
@@ -34,12 +40,12 @@ def find_key(key: str | bytes | None) -> bytes | None:
     """
     if key is not None:
         return _parsed(key, "the key") if key else None
-    text, file = os.environ.get(KEY_VARIABLE), os.environ.get(KEY_FILE_VARIABLE)
+    text, file = (environment.get(name) for name in variables)
     if text and file:
-        raise StoreKeyError(f"{KEY_VARIABLE} and {KEY_FILE_VARIABLE} are both set", "set one of them")
+        raise StoreKeyError(f"{' and '.join(variables)} are both set", "set one of them")
     if file:
         return read_key_file(file)
-    return _parsed(text, KEY_VARIABLE) if text else None
+    return _parsed(text, variables[0]) if text else None
 
 
 def read_key_file(path: str | os.PathLike[str]) -> bytes:

@@ -16,7 +16,13 @@ PROMPTS = [list(range(100, 150)), [*range(100, 130), 7, 8, 9], [5, 6]]
 
 @pytest.fixture(autouse=True)
 def nothing_in_the_environment(monkeypatch):
-    for name in ("PROMPTDB_SHARED", "PROMPTDB_PATH", "PROMPTDB_SHARED_SIGN", "PROMPTDB_SHARED_TRUST"):
+    for name in (
+        "PROMPTDB_SHARED",
+        "PROMPTDB_PATH",
+        "PROMPTDB_SHARED_SIGN",
+        "PROMPTDB_SHARED_TRUST",
+        "PROMPTDB_SHARED_KEY",
+    ):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -79,6 +85,54 @@ def test_parts_are_pulled(filled, url, tmp_path):
     assert run_json("pull", "--db", two, "--shared", url, "--model", "aaaa", "--namespace", "")["tokens_stored"] == 55
     assert run_json("pull", "--db", tmp_path / "three", "--shared", url, "--model", "dddd")["num_listed"] == 0
     assert "knows no model" in run("pull", "--db", two, "--shared", url, "--model", "nobody", code=1).output
+
+
+def test_what_has_a_tag_is_pulled(filled, url, tmp_path):
+    """A tag goes along with a push, and what has it can be pulled by others, who then have it too."""
+    two = tmp_path / "two"
+    run("push", "--db", filled, "--shared", url)
+    assert run_json("pull", "--db", two, "--shared", url, "--tag", "chosen")["tokens_stored"] == 0  # nobody sent it
+    run("push", "--db", filled, "--shared", url, "--tag", "chosen")
+    came = run_json("pull", "--db", two, "--shared", url, "--tag", "chosen")
+    assert (came["tokens_stored"], came["num_listed"]) == (35, 4)  # whole spans
+    assert [stored(two, prompt) for prompt in PROMPTS] == [32, 33, 0]
+    with PromptDB(two, readonly=True) as db:
+        assert [label.num_tokens for label in db.tags("chosen")] == [33]
+    assert run_json("pull", "--db", two, "--shared", url, "--tag", "chosen")["num_listed"] == 0
+    assert run_json("pull", "--db", two, "--shared", url, "--tag", "other")["tokens_stored"] == 0
+    assert run_json("pull", "--db", two, "--shared", url, "--tag", "chosen", "--namespace", "tenant")["num_listed"] == 0
+    with PromptDB(two, shared="none") as db:
+        put(db, [4, 5, 6])
+        db.tag("chosen", ROOT, pack_tokens([4, 5, 6]))
+    found = run_json("sync", "--db", two, "--shared", url, "--tag", "chosen")
+    assert (found["sent"]["num_sent"], found["fetched"]["tokens_stored"]) == (1, 0)
+    assert run_json("sync", "--db", filled, "--shared", url, "--tag", "chosen")["fetched"]["tokens_stored"] == 3
+    assert stored(filled, [4, 5, 6]) == 3
+
+
+def test_what_continues_a_span_is_pulled(filled, url, tmp_path):
+    two = tmp_path / "two"
+    with PromptDB(filled, shared="none") as db:
+        put(db, [*PROMPTS[0], 1, 2], logits=[52])
+        put(db, [*PROMPTS[0][:20], 3, 4, 5], logits=[21, 23])
+        put(db, [*PROMPTS[0][:10], 3, 4, 5])
+    run("push", "--db", filled, "--shared", url)
+    with PromptDB(two, chunk_tokens=16, shared="none") as db:
+        put(db, PROMPTS[0][:24])
+        node = lookup(db, PROMPTS[0]).steps[1].node.hex()
+    came = run_json("pull", node[:12], "--db", two, "--shared", url)
+    assert stored(two, [*PROMPTS[0], 1, 2]) == 52
+    assert stored(two, PROMPTS[1]) == 33
+    assert stored(two, [*PROMPTS[0][:20], 3, 4, 5]) == 23
+    assert stored(two, [*PROMPTS[0][:10], 3, 4, 5]) == 10
+    assert (stored(two, PROMPTS[2]), stored(two, PROMPTS[0], TENANT)) == (0, 0)
+    assert came["num_rejected"] == came["num_lost"] == 0
+    assert run_json("pull", node[:12], "--db", two, "--shared", url)["tokens_stored"] == 0
+    assert run_json("sync", node[:12], "--db", two, "--shared", url)["sent"]["num_sent"] <= 1  # logits of its own
+    assert run_json("sync", node[:12], "--db", two, "--shared", url)["sent"]["num_sent"] == 0
+    assert run("pull", node[:12], "--tag", "x", "--db", two, "--shared", url, code=2)
+    assert run("pull", "0123456789", "--db", two, "--shared", url, code=1)
+    assert run("pull", "--tag", "", "--db", two, "--shared", url, code=2)
 
 
 def test_sync(filled, url, tmp_path):
@@ -164,6 +218,21 @@ def test_warm(tmp_path, url):
     assert second["tokens_fetched"] == first["tokens_computed"]
     assert "0 tokens computed" in run("warm", "--db", tmp_path / "two", *options).stdout
     assert "no shared store" in run("warm", "--db", tmp_path / "two", *options[:-2], code=2).output
+    texts = ("Hello there. General Kenobi",)
+    found = run_json("get", "--model", model, "--db", tmp_path / "two", *texts)
+    assert (found["tokens_fetched"], found["is_complete"]) == (0, True)
+    run("put", "--model", model, "--db", tmp_path / "six", "Something else.")  # so that it knows the model
+    assert run_json("get", "--model", model, "--db", tmp_path / "six", *texts, code=1)["num_stored"] == 0
+    found = run_json("get", "--model", model, "--db", tmp_path / "six", "--shared", url, *texts)
+    assert found["tokens_fetched"] == found["num_tokens"] == found["num_stored"]
+    assert (found["tokens_computed"], found["is_complete"]) == (0, True)
+    found = run_json("get", "--model", model, "--db", tmp_path / "five", "--shared", url, "--compute", *texts)
+    assert (found["tokens_fetched"], found["tokens_computed"]) == (found["num_tokens"], 0)
+    pair = ("Hello there.", " General Kenobi")
+    assert run_json("score", "--model", model, "--db", tmp_path / "seven", *pair)["tokens_computed"] > 0
+    assert (
+        run_json("score", "--model", model, "--db", tmp_path / "eight", "--shared", url, *pair)["tokens_computed"] == 0
+    )
     put_options = ("--model", model, "--shared", url, "--db", tmp_path / "three")
     assert run_json("put", *put_options, "Hello there. General Kenobi")["tokens_computed"] == 0
     assert run_json("put", *put_options[:2], "--db", tmp_path / "four", "Hello there.")["tokens_computed"] > 0

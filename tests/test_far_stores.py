@@ -8,7 +8,7 @@ from far_servers import needs_ceph, needs_redis, proxy_to, redis_cluster, redis_
 from shared_tools import PROMPT, Machine
 
 from promptdb.errors import SharedError
-from promptdb.far import FarStore
+from promptdb.far import FarStore, joined
 from promptdb.far_open import open_far
 from promptdb.shared_options import SharedOptions
 from promptdb.testing_shared import FarContract
@@ -102,6 +102,37 @@ class TestLayers(Shared):
         assert far.get(["v/one"]) == [[b"value"]]
         assert front.exists(["v/one"]) == [True]
         front.close()
+
+
+@needs_redis()
+def test_a_front_that_hangs(tmp_path, caplog):
+    """It costs its timeout once, is told once, and what is behind answers; it is used again when it works."""
+    with redis_server(tmp_path / "front") as server, proxy_to(server.port) as proxy:
+        url = f"redis://127.0.0.1:{proxy.port} file://{tmp_path}/behind"
+        far = open_far(SharedOptions(url, timeout_s=0.3, connect_timeout_s=0.3))
+        assert far.put([("v/one", b"one")]) == [True]
+        proxy.is_silent = True
+        with caplog.at_level("WARNING", "promptdb"):
+            began = time.monotonic()
+            assert far.get(["v/one", "v/two"]) == [[b"one"], None]
+            assert far.put([("v/two", b"two")]) == [True]
+            assert far.lease(["c/one"], "one", 5) == [0]
+            assert time.monotonic() - began < 2
+            began = time.monotonic()
+            for number in range(20):
+                assert far.exists(["v/two", f"v/{number}"]) == [True, False]
+                far.delete([f"v/{number}"])
+            assert time.monotonic() - began < 2.5  # twenty times its timeouts otherwise
+        assert [record.event for record in caplog.records] == ["shared_failed"] * 2  # reading, and writing
+        assert all("a layer" in record.message for record in caplog.records)
+        proxy.is_silent = False
+        for breaker in (*far._reading, *far._writing):
+            breaker._next_try = 0.0
+        assert far.get(["v/two"]) == [[b"two"]]
+        front = opened(server.url)
+        assert [None if each is None else joined(each) for each in front.get(["v/one", "v/two"])] == [b"one", b"two"]
+        front.close()
+        far.close()
 
 
 @needs_ceph()

@@ -13,17 +13,19 @@ from far_servers import needs_redis, redis_server
 from shared_tools import PROMPT, WAIT_S, Machine
 
 from promptdb import far_redis
+from promptdb.archive import Selection
 from promptdb.db import PromptDB
 from promptdb.errors import InputTypeError, ReadOnlyStoreError, SharedError
 from promptdb.far import joined
 from promptdb.far_index import Entry, Walk, value_key
-from promptdb.format import BlobEntry, checksum
+from promptdb.format import BlobEntry, checksum, pack_record
 from promptdb.keys import Root, pack_tokens
 from promptdb.outbox import waiting
 from promptdb.parcel import load_parcel
 from promptdb.pulling import Want
 from promptdb.shared import connect
 from promptdb.shared_options import SharedOptions, store_url
+from promptdb.shared_sync import pull, push
 from promptdb.signing import write_key
 
 # Two machines
@@ -541,3 +543,33 @@ class TestRedis:
             time.sleep(0.05)
         assert len(names) == 16
         assert max(idle()) < 2
+
+
+# Tags
+
+
+def test_tags_are_checked(machine, keys):
+    """A tag of another prompt than its key says, and one that nobody trusted has signed, are not used."""
+    first, second, trust = keys
+    signer, stranger, reader = (
+        machine("a", sign_with=first),
+        machine("b", sign_with=second),
+        machine("c", trust=trust),
+    )
+    for each, tokens in ((signer, PROMPT), (stranger, [1, *PROMPT])):
+        each.put(tokens)
+        each.db.tag("chosen", ROOT, pack_tokens(tokens))
+        assert push(each.db, each.tier, Selection(tag="chosen")).num_present == 4
+    assert len(signer.keys("t/")) == 2
+    assert pull(reader.db, reader.tier, tag="chosen").num_rejected == 1
+    assert [label.num_tokens for label in reader.db.tags("chosen")] == [50]
+    assert check_content(reader.db, PROMPT) == 50
+    assert check_content(reader.db, [1, *PROMPT]) == 0
+    for key in signer.keys("t/"):
+        signer.far.delete([key])
+        content = {"name": "chosen", "root": ROOT.digest, "tokens": pack_tokens([5, 5])}
+        signer.far.put([(key, pack_record(bytes.fromhex(key.rpartition("/")[2]), content))])
+    signer.far.put([(signer.keys("t/")[0][:-1] + "0", b"garbage")])
+    careless = machine("d")
+    assert pull(careless.db, careless.tier, tag="chosen").num_rejected == 3
+    assert careless.db.tags("chosen") == []

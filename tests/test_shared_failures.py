@@ -62,7 +62,10 @@ def test_nobody_there(machine, caplog):
             assert (found, waited_s < 0.05) == (0, True)
     assert one.tier.calls.reading.num_failures == 1
     assert "cannot be reached" in one.tier.status()["last_failure"]
-    assert sum("reading" in record.message for record in caplog.records) == 1
+    (told,) = [record for record in caplog.records if "reading" in record.message]
+    assert told.event == "shared_failed"
+    assert "cannot be reached" in told.reason
+    assert told.what.startswith("reading from the shared store redis://")
 
 
 def test_a_server_that_hangs(machine, server):
