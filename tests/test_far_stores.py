@@ -16,6 +16,7 @@ from far_servers import (
     redis_server,
     s3_server,
 )
+from google_stand_in import credentials_for, google_stand_in
 from shared_tools import PROMPT, Machine
 
 from promptdb.errors import SharedError
@@ -176,3 +177,30 @@ class TestAzure(Shared):
         monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_KEY", "A" + AZURE_KEY[1:])
         with pytest.raises(SharedError, match="access denied"):
             self.open_far(name).put([("v/one", b"x")])
+
+
+class TestGoogle(Shared):
+    """Against a stand-in, not Google's server: see there."""
+
+    @pytest.fixture(autouse=True, scope="class")
+    @classmethod
+    def server(cls):
+        with google_stand_in() as server:
+            cls.server = server
+            yield server
+
+    @pytest.fixture(autouse=True)
+    def credentials(self, monkeypatch):
+        monkeypatch.setenv("GOOGLE_SERVICE_ACCOUNT_KEY", credentials_for(self.server))
+
+    def url(self, name: str, bucket: str = "promptdb") -> str:
+        return f"gs://{bucket}/{name}?allow_http=true"
+
+    def test_creating_is_conditional(self, far):
+        """Where nothing is: generation 0. Without that, the second of two writers would replace what is there."""
+        far.put([("v/one", b"x"), ("v/two", b"y")])
+        assert self.server.conditions == {"0"}
+
+    def test_what_is_wrong_is_told(self, name):
+        with pytest.raises(SharedError, match="no such bucket"):
+            opened(self.url(name, "nobodys")).get(["v/one"])
