@@ -24,6 +24,7 @@ LOCAL, AUTO = "local", "auto"
 _MOST_RESTARTS = 3
 _TICK_S = 0.5
 _CONNECT_S = 5.0
+_CLOSE_S = 30.0
 
 
 @contextmanager
@@ -42,7 +43,8 @@ def connected(address: str) -> Iterator[None]:
 
     Notes
     -----
-    A Ray that is started here reports no statistics to anybody, unless ``RAY_USAGE_STATS_ENABLED`` says otherwise.
+    A Ray that is started here listens on loopback only, and reports no statistics to anybody unless
+    ``RAY_USAGE_STATS_ENABLED`` says otherwise.
     """
     ray = _ray()
     if ray.is_initialized():
@@ -52,7 +54,7 @@ def connected(address: str) -> Iterator[None]:
     own: dict[str, Any] = {}
     if address == LOCAL:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        own["include_dashboard"] = False
+        own = {"include_dashboard": False, "_node_ip_address": "127.0.0.1"}
     try:
         ray.init(address=address, log_to_driver=False, logging_level="ERROR", **own)
     except (OSError, RuntimeError, ValueError) as error:
@@ -117,19 +119,20 @@ def compute(
     No token goes through a model twice, and none that is in the shared store and is sooner fetched. A worker that dies
     is replaced; its share is begun anew with what it had sent.
     """
+    prompts = [replace(prompt, text=None) for prompt in prompts]
     if not prompts:
         return
-    prompts = [replace(prompt, text=None) for prompt in prompts]
     number, needs = _needs(_ray().nodes(), num_workers, worker.get("device"))
-    say(f"{number} workers of {needs['num_gpus']} GPUs and {needs['num_cpus']} CPUs each")
+    shares = split(prompts, number)
+    number = min(number, len(shares.shares))
+    say(f"{number:,} workers, each with {needs['num_gpus']} GPUs and {needs['num_cpus']} CPUs")
     with _pool(number, needs, worker, check) as pool:
-        yield from _compute(pool, prompts, number)
+        yield from _compute(pool, shares, prompts, number)
 
 
-def _compute(pool: _Pool, prompts: Sequence[Prompt], num_workers: int) -> Iterator[Done]:
-    shares = split(prompts, num_workers)
-    if shares.first:  # is fewer tokens, so that this ends
-        for done in _compute(pool, shares.first, num_workers):
+def _compute(pool: _Pool, shares: Shares, prompts: Sequence[Prompt], num_workers: int) -> Iterator[Done]:
+    if shares.first:  # are fewer tokens, so that this ends
+        for done in _compute(pool, split(shares.first, num_workers), shares.first, num_workers):
             yield replace(done, num_prompts=0)
     yield from pool.run(_jobs(shares, prompts))
 
@@ -149,9 +152,9 @@ def _pool(
     )
     actors = [kind.remote(dict(worker)) for _ in range(number)]
     try:
-        yield _Pool(actors, check)
-        for actor in actors:  # lets go of its store in good order, if it ever started
-            actor.close.remote()
+        pool = _Pool(actors, check)
+        yield pool
+        pool.close()
     finally:
         for actor in actors:
             with suppress(Exception):
@@ -211,6 +214,13 @@ class _Pool:
                 else:
                     num_running -= 1
                     yield found
+
+    def close(self) -> None:
+        """Let workers that have nothing to do close their stores, as far as they do it soon."""
+        ray = _ray()
+        closing = [actor.close.remote() for actor in self._free]
+        if closing:
+            ray.wait(closing, num_returns=len(closing), timeout=_CLOSE_S)
 
     def _ready(self) -> list[tuple[_Started, Any]]:
         ray = _ray()
