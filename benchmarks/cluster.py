@@ -1,9 +1,9 @@
 """Two clients of a real Redis Cluster on loopback, on what the shared tier asks of one: redis-py and valkey-glide-sync.
 
 ``python benchmarks/cluster.py``. Needs redis-server, redis and hiredis (extra ``redis``), pytest (for the cluster's
-starter, which is the tests'), and ``pip install valkey-glide-sync``, which promptdb itself does not use: docs/decisions.md
-says why. Clients and the six servers share the machine's cores, so that ratios say more than absolute times. Rounds
-of the two clients alternate.
+starter, which is the tests'), and ``pip install valkey-glide-sync``, which promptdb itself does not use:
+docs/decisions.md says why. Clients and the six servers share the machine's cores, so that ratios say more than absolute
+times. Rounds of the two clients alternate.
 """
 
 from __future__ import annotations
