@@ -7,7 +7,9 @@ in common (:mod:`promptdb.shares`); who is free takes the next one.
 from __future__ import annotations
 
 import os
+import signal
 import socket
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -43,8 +45,7 @@ def connected(address: str) -> Iterator[None]:
 
     Notes
     -----
-    A Ray that is started here listens on loopback only, and reports no statistics to anybody unless
-    ``RAY_USAGE_STATS_ENABLED`` says otherwise.
+    A Ray that is started here reports no statistics to anybody, unless ``RAY_USAGE_STATS_ENABLED`` says otherwise.
     """
     ray = _ray()
     if ray.is_initialized():
@@ -54,9 +55,10 @@ def connected(address: str) -> Iterator[None]:
     own: dict[str, Any] = {}
     if address == LOCAL:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        own = {"include_dashboard": False, "_node_ip_address": "127.0.0.1"}
+        own["include_dashboard"] = False
     try:
-        ray.init(address=address, log_to_driver=False, logging_level="ERROR", **own)
+        with _own_signals():
+            ray.init(address=address, log_to_driver=False, logging_level="ERROR", **own)
     except (OSError, RuntimeError, ValueError) as error:
         text = " ".join(str(error).split())[:300]
         raise ClusterError(
@@ -66,6 +68,19 @@ def connected(address: str) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _own_signals() -> Iterator[None]:
+    """Keep Ray from replacing the program's way of ending when it is told to."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _check_address(address: str) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import time
 from pathlib import Path
 
 import psutil
@@ -13,9 +15,9 @@ from cli_tools import run, run_json, write_checkpoint
 from far_servers import free_port, needs_redis, redis_server
 
 from promptdb import Engine, PromptDB
-from promptdb.errors import ClusterError, IdentityError, ModelNotFoundError
+from promptdb.errors import ClusterError, PromptTooLongError
 from promptdb.keys import unpack_tokens
-from promptdb.ray_jobs import _needs, compute, connected
+from promptdb.ray_jobs import _needs, _Pool, compute, connected
 from promptdb.shared import connect
 from promptdb.shared_sync import pull
 from promptdb.shares import split
@@ -32,26 +34,25 @@ TEXTS = [
 ]
 
 
+# Every process has a store of its own, as if it were another machine.
+SITE = """
+import os
+os.environ["PROMPTDB_PATH"] = os.path.join({directory!r}, str(os.getpid()))
+"""
+
+
 @pytest.fixture(scope="module")
 def machines(tmp_path_factory):
-    """Two machines in one: each with a processor and a store of its own. Returns where those are."""
-    from ray.cluster_utils import Cluster
-
-    paths = [tmp_path_factory.mktemp("machine") / "db" for _ in range(2)]
+    """A Ray of two processors, one for a worker. Returns the directory of the workers' stores."""
+    directory, site = tmp_path_factory.mktemp("machines"), tmp_path_factory.mktemp("site")
+    (site / "sitecustomize.py").write_text(SITE.format(directory=str(directory)))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-        patch.setenv("PYTHONPATH", str(Path(__file__).parent.parent))
+        patch.setenv("PYTHONPATH", f"{site}:{Path(__file__).parent.parent}")
         patch.delenv("PROMPTDB_SHARED", raising=False)
-        node = {"num_cpus": 1, "include_dashboard": False, "node_ip_address": "127.0.0.1"}
-        cluster = Cluster(
-            initialize_head=True, head_node_args={**node, "env_vars": {"PROMPTDB_PATH": str(paths[0])}}, connect=False
-        )
-        try:
-            cluster.add_node(num_cpus=1, node_ip_address="127.0.0.1", env_vars={"PROMPTDB_PATH": str(paths[1])})
-            with connected(cluster.address):
-                yield paths
-        finally:
-            cluster.shutdown()
+        ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+        yield directory
+        ray.shutdown()
 
 
 @pytest.fixture(scope="module")
@@ -64,13 +65,36 @@ def prefixes(prompts):
     return {each[: end + 1] for each in tokens for end in range(len(each))}
 
 
+def stores(machines):
+    return [path for path in machines.iterdir() if (path / "data.mdb").exists()]
+
+
+def workers():
+    """Return the processes of this Ray that are workers."""
+    children = psutil.Process().children(recursive=True)
+    return [each for each in children if each.name().startswith("ray::_Actor")]
+
+
 @needs_redis()
 def test_every_token_is_computed_once(machines, model, tmp_path):
+    """Although one of the workers is killed as soon as the first share is there, and has a new machine then."""
+
+    def wait_for_both():
+        """Nothing begins before two machines have the model, so that both take part."""
+        ends = time.monotonic() + 120
+        while time.monotonic() < ends:
+            if len(stores(machines)) >= 2 and all(knows_model(path) for path in stores(machines)):
+                return
+            time.sleep(0.1)
+
     with redis_server(tmp_path / "redis") as server, PromptDB(tmp_path / "three", shared=server.url) as db:
         with Engine.from_pretrained(db, model) as engine:
             prompts = [engine.tokenize(text) for text in TEXTS]
-            done = list(compute(prompts, {"model": model, "shared": server.url}))
             assert split(prompts, 2).first, "this corpus has to be opened"
+            running = compute(prompts, {"model": model, "shared": server.url}, num_workers=2, check=wait_for_both)
+            done = [next(running)]
+            workers()[0].kill()
+            done += running
             assert sum(each.num_prompts for each in done) == len(TEXTS)
             assert sum(each.tokens_computed for each in done) == len(prefixes(prompts))
             assert sum(each.tokens_fetched for each in done) > 0
@@ -82,38 +106,27 @@ def test_every_token_is_computed_once(machines, model, tmp_path):
                     expected = engine.model(ids).logits[0, -1]
                 torch.testing.assert_close(found.logits, expected, atol=1e-5, rtol=1e-5)
         assert db.verify() == []
-    for path in machines:
+    for path in stores(machines):
         with PromptDB(path, shared="none") as local:
             assert local.verify() == []
-            assert 0 < local.stat()["num_tokens"] <= len(prefixes(prompts))
 
 
-def test_a_worker_that_dies_is_replaced(machines, model, tmp_path):
-    """The command, with a machine's worker killed as soon as the first share is there; and the command again."""
+def knows_model(path):
+    with PromptDB(path, readonly=True) as db:
+        return bool(db.registry.models())
+
+
+def test_the_command(machines, model, tmp_path):
     lines, url = tmp_path / "prompts.jsonl", f"file://{tmp_path}/far"
-    lines.write_text("".join(json.dumps({"text": text.replace("cache", "store")}) + "\n" for text in TEXTS))
-    options = ("--model", model, "--file", lines, "--shared", url, "--ray", "auto", "--workers", 1)
-    killed = []
-
-    def kill_once(*_):
-        workers = [each for each in psutil.process_iter(["name"]) if each.info["name"].startswith("ray::_Actor.comp")]
-        if not killed and workers:
-            killed.append(workers[0].pid)
-            workers[0].kill()
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("promptdb.cli.jobs.Interrupts.check", kill_once)
-        found = run_json("warm", *options)
-    assert killed
-    assert found["num_prompts"] == len(TEXTS)
+    texts = [text.replace("cache", "store") for text in TEXTS]
+    lines.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    found = run_json("warm", "--model", model, "--file", lines, "--shared", url, "--ray", "auto", "--workers", 1)
+    assert (found["num_prompts"], found["num_skipped"]) == (len(TEXTS), 0)
+    assert found["tokens_computed"] == found["distinct_tokens"]
     with PromptDB(tmp_path / "three", shared=url) as db, Engine.from_pretrained(db, model) as engine:
-        texts = [text.replace("cache", "store") for text in TEXTS]
         pull(db, connect(db))
-        assert [each.tokens_computed for each in engine.run(texts)] == [0] * len(texts)
         assert found["distinct_tokens"] == len(prefixes([engine.tokenize(text) for text in texts]))
-    again = run("warm", *options)
-    assert "0 tokens computed" in again.stdout
-    assert "1 worker" in again.stderr
+        assert [each.tokens_computed for each in engine.run(texts)] == [0] * len(texts)
 
 
 def documented():
@@ -125,7 +138,7 @@ def documented():
 
 def test_the_documented_batch_job(machines, model, tmp_path, capsys):
     code = documented().replace("/models/demo", model).replace("redis://cache.example:6379", f"file://{tmp_path}/far")
-    for name, instead in (("num_gpus=1", "num_cpus=1"), ("WORKERS = 8", "WORKERS = 2"), ("load_texts()", "TEXTS")):
+    for name, instead in (("num_gpus=1", "num_cpus=1"), (", 8\n", ", 1\n"), ("load_texts()", "TEXTS")):
         assert name in code
         code = code.replace(name, instead)
     ray.data.DataContext.get_current().enable_progress_bars = False
@@ -139,21 +152,43 @@ def test_the_documented_batch_job(machines, model, tmp_path, capsys):
             assert [each.tokens_computed for each in engine.run(names["TEXTS"])] == [0] * len(TEXTS)
 
 
+class Refusing:
+    """What a worker looks like from afar that cannot begin."""
+
+    def root(self):
+        raise PromptTooLongError("too long", "shorten it")
+
+
+class Another:
+    """One with weights of its own."""
+
+    def root(self):
+        return str(os.getpid())
+
+
+def test_what_workers_raise_arrives(machines):
+    with pytest.raises(PromptTooLongError, match="too long") as found:
+        list(_Pool([ray.remote(Refusing).remote()], lambda: None).run(iter([([], [])])))
+    assert found.value.hint == "shorten it"
+    with pytest.raises(ClusterError, match="different weights"):
+        list(_Pool([ray.remote(Another).remote() for _ in range(2)], lambda: time.sleep(1)).run(iter([([], [])])))
+    with pytest.raises(KeyboardInterrupt):
+        list(_Pool([ray.remote(Another).remote()], interrupted).run(iter([([], [])])))
+
+
+def interrupted():
+    raise KeyboardInterrupt
+
+
 def test_what_is_wrong_is_told(machines, model, tmp_path):
-    worker = {"model": str(tmp_path / "none"), "shared": f"file://{tmp_path}/far"}
-    with Engine.from_pretrained(PromptDB.in_memory(), model) as engine:
-        prompts = [engine.tokenize("one")]
-    with pytest.raises(ModelNotFoundError, match="none"):
-        list(compute(prompts, worker, num_workers=1))
-    with pytest.raises(IdentityError, match="tokenizer"):
-        list(compute(prompts, {**worker, "model": model, "tokenizer_id": "00" * 32}, num_workers=1))
-    assert list(compute([], worker)) == []
+    assert list(compute([], {})) == []
     lines = tmp_path / "prompts.jsonl"
     lines.write_text('{"text": "one"}\n{"text": ""}\n')
-    options = ("--model", model, "--file", lines, "--shared", worker["shared"], "--ray", "auto")
-    assert ":2: the prompt is empty" in run("warm", *options, code=2).output
-    assert "no shared store" in run("warm", *options[:4], *options[6:], "--db", tmp_path / "x", code=2).output
+    options = ("--model", model, "--file", lines, "--ray", "auto")
+    assert ":2: the prompt is empty" in run("warm", *options, "--shared", f"file://{tmp_path}/far", code=2).output
+    assert "no shared store" in run("warm", *options, "--db", tmp_path / "x", code=2).output
     assert "--workers goes with --ray" in run("warm", *options[:-2], "--workers", 2, code=2).output
+    assert "no tokenizer in" in run("warm", "--model", tmp_path, *options[2:], code=2).output
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:{port}", "ray://127.0.0.1:{port}", "nowhere", "127.0.0.1:x"])
