@@ -271,30 +271,6 @@ def model(url: str, directory: Path) -> list[dict]:
     ]
 
 
-# Models as (name, bytes of keys and values a token, tokens a second): the first as measured; otherwise twice the
-# parameters in operations for a token, at half of the peak of what computes it.
-MODELS = (
-    ("GPT-2 124M, fp32, 2 CPU cores", 73_728, 510),
-    ("8B, bf16, one L4", 131_072, 3_750),
-    ("8B, bf16, one H100", 131_072, 30_000),
-    ("70B, bf16, four H100", 327_680, 14_000),
-)
-LINKS_GBIT = (1, 10, 25, 100)
-ROUND_TRIPS_S = {"10 us": 1e-5, "1 ms": 1e-3, "50 ms": 5e-2}
-
-
-def simulated() -> list[dict]:
-    """From how many tokens on fetching beats computing: two round trips + bytes / link against tokens / rate."""
-    rows = []
-    for (name, token_bytes, rate), (label, trip_s) in itertools.product(MODELS, ROUND_TRIPS_S.items()):
-        row: dict = {"model": name, "round trip": label}
-        for gbit in LINKS_GBIT:
-            gain_s = 1 / rate - token_bytes * 8 / (gbit * 1e9)
-            row[f"{gbit} Gbit/s"] = "never" if gain_s <= 0 else max(1, round(2 * trip_s / gain_s))
-        rows.append(row)
-    return rows
-
-
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", action="store_true")
@@ -315,9 +291,9 @@ def main() -> None:
         found = objects(arguments.s3) if arguments.s3 else []
     finally:
         shutil.rmtree(directory, ignore_errors=True)
-    for rows_ in (trips, found, simulated()):
+    for rows_ in (trips, found):
         print(table(rows_), end="\n\n")
-    report("shared", rows, lookups=trips, objects=found, simulated=simulated())
+    report("shared", rows, lookups=trips, objects=found)
 
 
 if __name__ == "__main__":

@@ -20,13 +20,11 @@ from promptdb.opening import default_path
 from promptdb.tokens import Encoder, Prompt
 
 from .jobs import Feed, Interrupts
-from .known import UnknownModelError, check_files, check_length, find_model, find_root
+from .known import UnknownModelError, check_files, check_length, find_model, find_root, most_positions
 from .output import count, duration, print_fields, print_json, print_line, size
 
 Place = TypeVar("Place")
 Tokenize = Callable[[tuple[str, ...]], Prompt]
-
-_POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_target_positions")
 
 
 @dataclass(frozen=True)
@@ -106,10 +104,9 @@ def _subject(db: PromptDB | None, model: str, dtype: str, namespace: str) -> _Su
 
     check_files(directory)
     encoder = Encoder(load_tokenizer(directory))
-    limits = [config[name] for name in _POSITIONS if type(config.get(name)) is int]
 
     def tokenize(pieces: tuple[str, ...]) -> Prompt:
-        return check_length(encoder.encode(pieces), config["model_type"], min(limits, default=0))
+        return check_length(encoder.encode(pieces), config["model_type"], most_positions(config))
 
     return _Subject(root, tokenize, sizes, note)
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from promptdb.checkpoint import describe, resolve, tokenizer_files_present
 from promptdb.db import PromptDB
@@ -14,6 +16,8 @@ from promptdb.tokens import Encoder, Prompt
 
 from .failure import Failure
 from .options import DTYPES
+
+_POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_target_positions")
 
 
 class UnknownModelError(Failure):
@@ -35,6 +39,11 @@ class KnownModel:
     def tokenize(self, pieces: tuple[str, ...]) -> Prompt:
         """Return the prompt's tokens; raises :class:`PromptError` for what cannot be stored."""
         return check_length(self.encoder.encode(pieces), self.model_type, self.max_tokens)
+
+
+def most_positions(config: Mapping[str, Any]) -> int:
+    """Return how long a prompt may be, as a checkpoint's configuration says; 0 if it does not."""
+    return min((config[name] for name in _POSITIONS if type(config.get(name)) is int), default=0)
 
 
 def check_length(prompt: Prompt, model_type: str, max_tokens: int) -> Prompt:

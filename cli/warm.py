@@ -40,6 +40,20 @@ _TELL_EVERY_S = 2.0
     help='Read prompts: a .jsonl file has objects with "text" or "pieces"; any other file is one text.',
 )
 @click.option("--skip-bad", is_flag=True, help="Report lines that cannot be used, and go on with the next.")
+@click.option(
+    "--ray",
+    "address",
+    metavar="ADDRESS",
+    help="Compute on the machines of a Ray cluster: HOST:PORT, ray://HOST:PORT, auto for this machine's, local for one "
+    "that is started here.",
+)
+@click.option(
+    "--workers",
+    "num_workers",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="With --ray: how many at once; by default one for each GPU, or without any for each machine.",
+)
 @model_options
 @device_option
 @shared_option
@@ -47,6 +61,8 @@ _TELL_EVERY_S = 2.0
 def warm(
     files: Sequence[str],
     skip_bad: bool,
+    address: str | None,
+    num_workers: int | None,
     model: str,
     dtype: str,
     device: str | None,
@@ -58,13 +74,26 @@ def warm(
     """Compute prompts for everybody who uses the shared store.
 
     What lies there is fetched, not computed; what is computed is sent, and the command ends when all of it has arrived.
-    Can be interrupted and started again. Several machines share the work best if each takes lines that begin alike.
+    Can be interrupted and started again.
+
+    With --ray, the prompts are cut into shares that have no token in common, and the machines of a Ray cluster compute
+    them. Each needs promptdb, the model under the same path or name, and the environment (passwords, keys); --db is a
+    path on every machine.
 
     \b
     Examples:
       promptdb warm --model demo --file prompts.jsonl --shared redis://cache.example:6379
+      promptdb warm --model demo --file prompts.jsonl --shared redis://cache.example:6379 --ray head.example:6379
       promptdb warm --model demo --file prompts.jsonl --json
     """
+    if address is not None:
+        from .warm_ray import warm_on_ray
+
+        worker = {"path": path, "dtype": dtype, "device": device, "namespace": namespace}
+        warm_on_ray(files, model, shared, worker, address, num_workers, skip_bad=skip_bad, as_json=as_json)
+        return
+    if num_workers is not None:
+        raise click.UsageError("--workers goes with --ray")
     meter = Meter(count_lines(files), is_shown=not as_json)
 
     def interrupted() -> str:

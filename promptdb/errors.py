@@ -28,6 +28,7 @@
     │   ├── UnsupportedModelError         an architecture or cache layer that is not known to be exact
     │   ├── TrainModeError                the model is in train mode
     │   └── ModelPlacementError           the model is spread over several devices
+    ├── ClusterError (RuntimeError)       machines that should compute together cannot be had, or went away
     ├── NonFiniteError (ArithmeticError)  NaN or infinity where a representation should be
     └── InputTypeError (TypeError)        an argument of the wrong type
 
@@ -37,6 +38,7 @@ Each doubles as the builtin that a caller would expect, and carries ``hint``: wh
 from __future__ import annotations
 
 __all__ = [
+    "ClusterError",
     "CorruptDataError",
     "EmptyPromptError",
     "FormatVersionError",
@@ -186,6 +188,10 @@ class TrainModeError(ModelError):
 
 class ModelPlacementError(ModelError):
     """The model is spread over several devices, or its weights are not in memory."""
+
+
+class ClusterError(PromptDBError, RuntimeError):
+    """Machines that should compute together cannot be reached, do not agree on what they compute, or went away."""
 
 
 class NonFiniteError(PromptDBError, ArithmeticError):

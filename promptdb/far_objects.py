@@ -29,6 +29,7 @@ _MAGIC = b"pdb1"
 # A miss costs a round trip each: a lookup starts with so many keys, and goes on only if they were there.
 _LOOKUP_KEYS = 16
 _CONNECTIONS = 16
+_NO_BUCKET = ("NoSuchBucket", "ContainerNotFound")
 # Larger objects are not ours, and would fill the memory.
 _MOST_BYTES = 4 << 30
 
@@ -38,7 +39,7 @@ class FarObjects:
 
     Parameters
     ----------
-    url : ``s3://BUCKET/PATH``, ``gs://BUCKET/PATH``, ``az://ACCOUNT/CONTAINER/PATH``, ``file:///DIRECTORY``. Its query
+    url : ``s3://BUCKET/PATH``, ``gs://BUCKET/PATH``, ``az://CONTAINER/PATH``, ``file:///DIRECTORY``. Its query
         goes to obstore: ``endpoint``, ``region``, ``allow_http``, ... Secrets come from the environment, as the clouds'
         own tools read it.
     """
@@ -94,7 +95,7 @@ class FarObjects:
             text = str(error)
             if isinstance(error, PermissionError) or "AccessDenied" in text:
                 return  # who may not list may still read
-            if isinstance(error, FileNotFoundError) or "NoSuchBucket" in text:
+            if isinstance(error, FileNotFoundError) or any(each in text for each in _NO_BUCKET):
                 raise SharedError(f"{self.name}: there is no such bucket", "create it, or check its name") from error
             raise
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import datetime
 import hashlib
 import hmac
@@ -301,3 +302,56 @@ def s3_server(directory: Path):
         yield f"http://127.0.0.1:{port}"
     finally:
         subprocess.run([str(CEPH), str(directory / "ceph"), "stop"], check=False, timeout=30)
+
+
+AZURITE = shutil.which("azurite-blob")
+NO_AZURITE = "no Azure server: npm install -g azurite@3.35.0"
+# The account that every Azurite has; its key is no secret.
+AZURE_ACCOUNT = "devstoreaccount1"
+AZURE_KEY = "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw=="
+
+
+def needs_azurite():
+    """Skip loudly where Azurite, Microsoft's own emulator of its object storage, is not installed."""
+    is_required = os.environ.get("PROMPTDB_TEST_SERVERS") == "required"
+    return pytest.mark.skipif(AZURITE is None and not is_required, reason=NO_AZURITE)
+
+
+def create_container(address: str, container: str) -> None:
+    """Create a container by a request signed with the account's key."""
+    now = datetime.datetime.now(datetime.UTC).strftime("%a, %d %b %Y %H:%M:%S GMT")
+    headers = {"x-ms-date": now, "x-ms-version": "2021-08-06"}
+    named = "".join(f"{name}:{value}\n" for name, value in headers.items())
+    resource = f"/{AZURE_ACCOUNT}/{AZURE_ACCOUNT}/{container}\nrestype:container"
+    text = "PUT" + 12 * "\n" + named + resource
+    signature = base64.b64encode(hmac.digest(base64.b64decode(AZURE_KEY), text.encode(), "sha256")).decode()
+    headers |= {"Authorization": f"SharedKey {AZURE_ACCOUNT}:{signature}", "Content-Length": "0"}
+    asked = urllib.request.Request(f"{address}/{container}?restype=container", method="PUT", headers=headers)
+    with urllib.request.urlopen(asked, timeout=30) as answer:
+        assert answer.status == 201
+
+
+@contextmanager
+def azure_server(directory: Path):
+    """Azurite, with a container ``promptdb``; yields its address, which ends with the account."""
+    assert AZURITE is not None, NO_AZURITE
+    directory.mkdir(parents=True, exist_ok=True)
+    port, log = free_port(), directory / "log"
+    options = ["--inMemoryPersistence", "--skipApiVersionCheck", "--disableTelemetry", "--silent"]
+    command = [AZURITE, "--blobHost", "127.0.0.1", "--blobPort", str(port), *options]
+    with log.open("wb") as output:
+        process = subprocess.Popen(command, cwd=directory, stdout=output, stderr=output)
+    try:
+        ends = time.monotonic() + 2 * _START_S
+        while True:
+            with suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+                break
+            assert process.poll() is None, log.read_text()[-2000:]
+            assert time.monotonic() < ends, log.read_text()[-2000:]
+            time.sleep(0.05)
+        address = f"http://127.0.0.1:{port}/{AZURE_ACCOUNT}"
+        create_container(address, "promptdb")
+        yield address
+    finally:
+        process.kill()
+        process.wait(_START_S)

@@ -4,7 +4,19 @@ import time
 
 import pytest
 from archive_tools import lookup
-from far_servers import needs_ceph, needs_redis, proxy_to, redis_cluster, redis_server, s3_server
+from far_servers import (
+    AZURE_ACCOUNT,
+    AZURE_KEY,
+    azure_server,
+    needs_azurite,
+    needs_ceph,
+    needs_redis,
+    proxy_to,
+    redis_cluster,
+    redis_server,
+    s3_server,
+)
+from google_stand_in import credentials_for, google_stand_in
 from shared_tools import PROMPT, Machine
 
 from promptdb.errors import SharedError
@@ -171,3 +183,55 @@ class TestS3(Shared):
             with pytest.raises(SharedError):
                 far.get(["v/one"])
             assert time.monotonic() - began < 3
+
+
+@needs_azurite()
+class TestAzure(Shared):
+    @pytest.fixture(autouse=True, scope="class")
+    @classmethod
+    def server(cls, tmp_path_factory):
+        with azure_server(tmp_path_factory.mktemp("azure")) as address:
+            cls.address = address
+            yield address
+
+    @pytest.fixture(autouse=True)
+    def credentials(self, monkeypatch):
+        monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_NAME", AZURE_ACCOUNT)
+        monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_KEY", AZURE_KEY)
+
+    def url(self, name: str, container: str = "promptdb") -> str:
+        return f"az://{container}/{name}?endpoint={self.address}"
+
+    def test_what_is_wrong_is_told(self, name, monkeypatch):
+        with pytest.raises(SharedError, match="no such bucket"):
+            opened(self.url(name, "nobodys")).get(["v/one"])
+        monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_KEY", "A" + AZURE_KEY[1:])
+        with pytest.raises(SharedError, match="access denied"):
+            self.open_far(name).put([("v/one", b"x")])
+
+
+class TestGoogle(Shared):
+    """Against a stand-in, not Google's server: see there."""
+
+    @pytest.fixture(autouse=True, scope="class")
+    @classmethod
+    def server(cls):
+        with google_stand_in() as server:
+            cls.server = server
+            yield server
+
+    @pytest.fixture(autouse=True)
+    def credentials(self, monkeypatch):
+        monkeypatch.setenv("GOOGLE_SERVICE_ACCOUNT_KEY", credentials_for(self.server))
+
+    def url(self, name: str, bucket: str = "promptdb") -> str:
+        return f"gs://{bucket}/{name}?allow_http=true"
+
+    def test_creating_is_conditional(self, far):
+        """Where nothing is: generation 0. Without that, the second of two writers would replace what is there."""
+        far.put([("v/one", b"x"), ("v/two", b"y")])
+        assert self.server.conditions == {"0"}
+
+    def test_what_is_wrong_is_told(self, name):
+        with pytest.raises(SharedError, match="no such bucket"):
+            opened(self.url(name, "nobodys")).get(["v/one"])

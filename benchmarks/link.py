@@ -1,0 +1,393 @@
+"""From where on fetching keys and values beats computing them: a model of the link, held against a simulated one.
+
+``python benchmarks/link.py [--no-figure]``. Needs redis-server, and matplotlib (extra ``plot``) for the figure.
+
+The model. Fetching n tokens of b bytes each takes
+
+    fetch(n) = base + 2 r + n b max(1 / link, 1 / take, r / window)
+
+with a round trip of r seconds for the index entries and one for the values, on connections that are open; ``link`` in
+bytes a second; ``base`` and ``take``, what this machine needs to begin, and to receive, check, store and commit, fitted
+to fetches without any link; and a window of four values of 256 tokens under way at once. Computing takes
+n x 2 x parameters / (peak x utilisation) seconds; attention is left out, which favours computing long prompts.
+
+Left out as well: TCP's slow start and a window smaller than what is under way, other users of the link, and loss.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import multiprocessing
+import queue
+import shutil
+import socket
+import statistics
+import struct
+import tempfile
+import threading
+import time
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from common import median, report, table
+from shared import server
+
+from promptdb.blobs import TensorSpec, build_blob
+from promptdb.commits import SpanPayload
+from promptdb.db import PromptDB
+from promptdb.format import Group
+from promptdb.keys import Root, pack_tokens
+from promptdb.pulling import Want
+from promptdb.shared import connect
+from promptdb.shared_options import SharedOptions
+from promptdb.shared_sync import push
+from promptdb.trie import cut
+
+FIGURE = Path(__file__).resolve().parent.parent / "docs" / "link.png"
+ROOT = Root("aa" * 32, "bb" * 32)
+# GPT-2 124M in float32: 12 layers, keys and values, 12 heads of 64.
+LAYOUT = (Group(tuple(range(24)), 12, 64, "F32"),)
+TOKEN_BYTES = 73_728
+SPAN_TOKENS = 256
+VALUES_UNDER_WAY = 4
+GBIT = 1e9 / 8
+
+# Dense peaks in Tflop/s: bf16 on the accelerators' tensor cores. Half of it is what good serving software gets out of
+# a long prompt.
+UTILISATION = 0.5
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A model on what computes it: bytes of a token's keys and values, and how many tokens a second are computed."""
+
+    model: str
+    hardware: str
+    token_bytes: int
+    tokens_per_s: float
+
+    @property
+    def needs_bytes_per_s(self) -> float:
+        """What must arrive in a second for fetching to be as fast as computing."""
+        return self.token_bytes * self.tokens_per_s
+
+
+def computed(model: str, hardware: str, token_bytes: int, parameters: float, peak_tflops: float) -> Machine:
+    return Machine(model, hardware, token_bytes, peak_tflops * 1e12 * UTILISATION / (2 * parameters))
+
+
+def machines(cpu_tokens_per_s: float) -> list[Machine]:
+    return [
+        Machine("GPT-2 124M", "2 CPU cores, float32", TOKEN_BYTES, cpu_tokens_per_s),
+        computed("GPT-2 124M", "one L4", TOKEN_BYTES // 2, 124e6, 121),
+        computed("8B", "one L4", 131_072, 8e9, 121),
+        computed("8B", "one H100", 131_072, 8e9, 989),
+        computed("70B", "four A100", 327_680, 70e9, 4 * 312),
+        computed("70B", "four H100", 327_680, 70e9, 4 * 989),
+    ]
+
+
+@dataclass(frozen=True)
+class Taking:
+    """What this machine needs to begin a fetch, in seconds, and how much it takes in a second."""
+
+    base_s: float
+    bytes_per_s: float
+
+    def fetch_s(self, num_tokens: int, token_bytes: int, trip_s: float, link_bytes_per_s: float) -> float:
+        window = VALUES_UNDER_WAY * SPAN_TOKENS * token_bytes
+        slowest = max(1 / link_bytes_per_s, 1 / self.bytes_per_s, trip_s / window)
+        return self.base_s + 2 * trip_s + num_tokens * token_bytes * slowest
+
+
+# So far, what is between is only the link: for machines that take what comes as fast as it comes.
+AT_ONCE = Taking(0.0, float("inf"))
+
+
+def crossover(machine: Machine, taking: Taking, trip_s: float, link_bytes_per_s: float) -> float | None:
+    """Return from how many tokens on fetching is faster, at least 1, or None: never."""
+    fixed = taking.fetch_s(0, machine.token_bytes, trip_s, link_bytes_per_s)
+    each = taking.fetch_s(1, machine.token_bytes, trip_s, link_bytes_per_s) - fixed
+    gain = 1 / machine.tokens_per_s - each
+    return None if gain <= 0 else max(1.0, fixed / gain)
+
+
+# A simulated link
+
+
+class Link:
+    """Forwards connections to a port with a round-trip time and a bandwidth that all of them share each way.
+
+    Bytes are delayed, not held up: what is under way does not wait for what went before it to arrive.
+    """
+
+    def __init__(self, port: int, trip_s: float, bytes_per_s: float) -> None:
+        self._target, self._half_s, self._rate = port, trip_s / 2, bytes_per_s
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self._listener.getsockname()[1]
+        self._lock = threading.Lock()
+        self._free_at = {True: 0.0, False: 0.0}
+
+    def serve(self) -> None:
+        while True:
+            client, _ = self._listener.accept()
+            upstream = socket.create_connection(("127.0.0.1", self._target))
+            for source, target, is_up in ((client, upstream, True), (upstream, client, False)):
+                source.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                under_way: queue.Queue = queue.Queue(1 << 16)
+                threading.Thread(target=self._take, args=(source, under_way, is_up), daemon=True).start()
+                threading.Thread(target=self._give, args=(target, under_way), daemon=True).start()
+
+    def _take(self, source: socket.socket, under_way: queue.Queue, is_up: bool) -> None:
+        data = b"."
+        while data:
+            data = b""
+            with suppress(OSError):
+                data = source.recv(1 << 16)
+            with self._lock:
+                begins = max(time.perf_counter(), self._free_at[is_up])
+                self._free_at[is_up] = begins + len(data) / self._rate
+                arrives = self._free_at[is_up] + self._half_s
+            under_way.put((arrives, data))
+
+    def _give(self, target: socket.socket, under_way: queue.Queue) -> None:
+        with suppress(OSError):
+            while True:
+                arrives, data = under_way.get()
+                left_s = arrives - time.perf_counter()
+                if left_s > 0:
+                    time.sleep(left_s)
+                if not data:
+                    target.shutdown(socket.SHUT_WR)
+                    return
+                target.sendall(data)
+
+
+def _serve_link(port: int, trip_s: float, bytes_per_s: float, told: multiprocessing.Queue) -> None:
+    link = Link(port, trip_s, bytes_per_s)
+    told.put(link.port)
+    link.serve()
+
+
+@contextmanager
+def simulated(port: int, trip_s: float, bytes_per_s: float):
+    """A link in a process of its own, so that it and the client do not share a Python."""
+    told: multiprocessing.Queue = multiprocessing.Queue()
+    process = multiprocessing.Process(target=_serve_link, args=(port, trip_s, bytes_per_s, told), daemon=True)
+    process.start()
+    try:
+        yield told.get(timeout=30)
+    finally:
+        process.terminate()
+        process.join()
+
+
+# Measuring
+
+
+def fill(db: PromptDB, tokens: list[int]) -> None:
+    packed = pack_tokens(tokens)
+
+    def spans(position: int) -> list[SpanPayload]:
+        found = []
+        for start, end in cut(position, len(tokens), (), SPAN_TOKENS):
+            number = end - start
+            values = struct.pack("<f", 1.0 + start / 1e6) * (number * TOKEN_BYTES // 4)
+            blobs = {
+                "kv": build_blob([(TensorSpec("kv.0", "F32", LAYOUT[0].span_shape(number)), values)]),
+                "lp": build_blob(
+                    [(TensorSpec("token_logprobs", "F32", (number,)), struct.pack(f"<{number}f", *[-1.0] * number))]
+                ),
+            }
+            found.append(SpanPayload(start, end, LAYOUT, blobs, 0.1, {}))
+        return found
+
+    db.put(ROOT, packed, 0, spans)
+
+
+def prompt(num_tokens: int) -> list[int]:
+    return [num_tokens, *range(1, num_tokens)]
+
+
+def fetch_s(url: str, directory: Path, num_tokens: int) -> float:
+    """Return how long a store without it takes to fetch a prompt, on connections that are open."""
+    tokens = prompt(num_tokens)
+    path = Path(tempfile.mkdtemp(dir=directory))
+    try:
+        with PromptDB(path, shared=SharedOptions(url, timeout_s=30, connect_timeout_s=30)) as db:
+            tier = connect(db)
+            nothing = [(f"v/{number:02x}", 1 << 20) for number in range(4 * VALUES_UNDER_WAY)]
+            assert list(tier.calls.fetch(nothing)) == [None] * len(nothing)
+            tier.calls.lookup(["i/aa/00"])
+            began = time.perf_counter()
+            tier.pull(ROOT, [Want(pack_tokens(tokens))])
+            took = time.perf_counter() - began
+            assert db.lookup(tokens, model=ROOT.weights_id, tokenizer=ROOT.tokenizer_id).num_tokens == num_tokens
+            return took
+    finally:
+        shutil.rmtree(path)
+
+
+def fitted(points: list[tuple[int, float]]) -> Taking:
+    """Return the line through (tokens, seconds), by least squares."""
+    line = statistics.linear_regression([tokens * TOKEN_BYTES for tokens, _ in points], [took for _, took in points])
+    return Taking(max(0.0, line.intercept), 1 / line.slope)
+
+
+LENGTHS = (32, 256, 512, 1000)
+# (round trip in seconds, Gbit/s, tokens)
+POINTS = (
+    (0.001, 1, 256),
+    (0.001, 1, 1000),
+    (0.010, 0.5, 1000),
+    (0.050, 1, 32),
+    (0.050, 1, 1000),
+    (0.050, 2, 1000),
+)
+
+
+def measure(directory: Path, repeat: int) -> tuple[Taking, list[dict]]:
+    """Fit the model to this machine, and hold it against the simulated link."""
+    with server(directory) as (url, client):
+        port = int(url.rpartition(":")[2])
+        with PromptDB(directory / "source", shared=SharedOptions(url, timeout_s=30), chunk_tokens=SPAN_TOKENS) as db:
+            for number in LENGTHS:
+                fill(db, prompt(number))
+            push(db, connect(db))
+            assert connect(db).flush(60)
+        assert client.dbsize()
+        taken = [(number, median(fetch_s(url, directory, number) for _ in range(repeat))) for number in LENGTHS]
+        taking = fitted(taken)
+        rows = []
+        for trip_s, gbit, number in POINTS:
+            with simulated(port, trip_s, gbit * GBIT) as link:
+                took = median(fetch_s(f"redis://127.0.0.1:{link}", directory, number) for _ in range(repeat))
+            said = taking.fetch_s(number, TOKEN_BYTES, trip_s, gbit * GBIT)
+            row = {"round trip ms": 1000 * trip_s, "Gbit/s": gbit, "tokens": number, "measured ms": 1000 * took}
+            rows.append({**row, "model ms": 1000 * said, "model / measured": said / took})
+    return taking, rows
+
+
+def cpu_rate(num_tokens: int = 1000) -> float:
+    """Return how many tokens a second this machine computes of GPT-2 124M in float32."""
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    model = GPT2LMHeadModel(GPT2Config()).eval()
+    ids = torch.randint(0, 50_257, (1, num_tokens))
+    samples = []
+    with torch.inference_mode():
+        for _ in range(4):
+            began = time.perf_counter()
+            model(ids, use_cache=True, logits_to_keep=1)
+            samples.append(time.perf_counter() - began)
+    return num_tokens / median(samples[1:])
+
+
+# What comes out
+
+LINKS_GBIT = (1, 10, 25, 100)
+TRIPS_S = {"10 µs": 1e-5, "1 ms": 1e-3, "10 ms": 1e-2, "50 ms": 5e-2}
+
+
+def crossovers(found: list[Machine], taking: Taking) -> list[dict]:
+    rows = []
+    for machine, (label, trip_s) in itertools.product(found, TRIPS_S.items()):
+        row: dict = {"model": machine.model, "computed by": machine.hardware, "round trip": label}
+        for gbit in LINKS_GBIT:
+            row[f"{gbit} Gbit/s"] = _tokens(crossover(machine, AT_ONCE, trip_s, gbit * GBIT))
+        row["10 Gbit/s, taken as here"] = _tokens(crossover(machine, taking, trip_s, 10 * GBIT))
+        rows.append(row)
+    return rows
+
+
+def _tokens(found: float | None) -> int | str:
+    return "never" if found is None else round(found)
+
+
+def markdown(rows: list[dict]) -> str:
+    """Return rows as docs/team.md has them."""
+    lines = [list(rows[0]), ["---"] * len(rows[0])]
+    lines += [[f"{cell:,}" if isinstance(cell, int) else str(cell) for cell in row.values()] for row in rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def needs(found: list[Machine]) -> list[dict]:
+    return [
+        {
+            "model": machine.model,
+            "computed by": machine.hardware,
+            "bytes a token": machine.token_bytes,
+            "tokens/s": round(machine.tokens_per_s),
+            "needs Gbit/s": machine.needs_bytes_per_s / GBIT,
+        }
+        for machine in found
+    ]
+
+
+def draw(found: list[Machine], taking: Taking) -> None:
+    """Write the figure: crossover lengths over the link's bandwidth, a panel for each model."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    links = [10 ** (each / 200) for each in range(401)]
+    colours = dict(zip(TRIPS_S, ("#9ecae1", "#4292c6", "#2171b5", "#08306b"), strict=True))
+    models = list(dict.fromkeys(machine.model for machine in found))
+    figure, panels = pyplot.subplots(1, len(models), figsize=(11, 4.1), sharey=True, layout="constrained")
+    for panel, model in zip(panels, models, strict=True):
+        for machine, style in zip([each for each in found if each.model == model], ("-", "--"), strict=True):
+            for label, trip_s in TRIPS_S.items():
+                points = [(gbit, crossover(machine, AT_ONCE, trip_s, gbit * GBIT)) for gbit in links]
+                known = [(gbit, tokens) for gbit, tokens in points if tokens is not None]
+                if known:
+                    panel.plot(*zip(*known, strict=True), style, color=colours[label], linewidth=1.6)
+            bound = machine.needs_bytes_per_s / GBIT
+            if bound >= 1:
+                panel.axvline(bound, color="#999999", linestyle=style, linewidth=0.8)
+            panel.plot([], [], style, color="#333333", label=f"{machine.hardware}: needs {_short(bound)} Gbit/s")
+        panel.axvline(taking.bytes_per_s / GBIT, color="#d95f02", linestyle=":", linewidth=1.4)
+        panel.set(xscale="log", yscale="log", xlim=(1, 100), ylim=(0.8, 1e6), title=model, xlabel="link, Gbit/s")
+        panel.set_xticks([1, 2, 5, 10, 25, 100], ["1", "2", "5", "10", "25", "100"])
+        panel.minorticks_off()
+        panel.grid(alpha=0.25)
+        panel.legend(loc="upper right", fontsize=8, framealpha=0.95)
+    panels[0].set_ylabel("tokens from which on fetching wins")
+    ticks = [10**power for power in range(7)]
+    panels[0].set_yticks(ticks, [f"{tick:,}" for tick in ticks])
+    handles = [pyplot.Line2D([], [], color=colour, label=f"round trip {label}") for label, colour in colours.items()]
+    taken = pyplot.Line2D([], [], color="#d95f02", linestyle=":", label="all that 2 cores take in")
+    figure.legend(handles=[*handles, taken], loc="outside lower center", ncols=5, fontsize=8.5, frameon=False)
+    figure.savefig(FIGURE, dpi=110)
+
+
+def _short(number: float) -> str:
+    return f"{number:.0f}" if number >= 10 else f"{number:.1f}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--no-figure", action="store_true")
+    parser.add_argument("--repeat", type=int, default=3)
+    arguments = parser.parse_args()
+    directory = Path(tempfile.mkdtemp(prefix="promptdb-link-"))
+    try:
+        taking, held = measure(directory, arguments.repeat)
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+    found = machines(cpu_rate())
+    for each in (held, needs(found)):
+        print(table(each), end="\n\n")
+    here = {"base_ms": 1000 * taking.base_s, "take_bytes_per_s": taking.bytes_per_s, "utilisation": UTILISATION}
+    rows = crossovers(found, taking)
+    print(markdown(rows), end="\n\n")
+    report("link", rows, here=here, held_against=held, needs=needs(found))
+    if not arguments.no_figure:
+        draw(found, taking)
+
+
+if __name__ == "__main__":
+    main()
