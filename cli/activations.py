@@ -8,7 +8,7 @@ import click
 
 from promptdb.db import PromptDB
 from promptdb.recall import Recorded
-from promptdb.shards import export_activations
+from promptdb.shards import FORMATS, export_activations
 
 from .failure import Failure
 from .known import find_weights
@@ -83,7 +83,7 @@ def _described(each: Recorded) -> dict[str, Any]:
     }
 
 
-@activations.command(short_help="Write the rows of one point to safetensors files.")
+@activations.command(short_help="Write the rows of one point to safetensors, Parquet or Zarr files.")
 @click.argument("directory", metavar="DIR", type=click.Path(file_okay=False))
 @click.option("--point", required=True, metavar="NAME", help="Which point, as `promptdb activations ls` shows it.")
 @click.option("--layer", type=int, metavar="N", help="Which layer, for points that each layer has.")
@@ -92,13 +92,19 @@ def _described(each: Recorded) -> dict[str, Any]:
 @click.option("--namespace", default="", metavar="NAME", help="Of the prompts.")
 @click.option("--intervention", default="", metavar="ID", help="Of an intervention, as `ls --json` shows it.")
 @click.option(
+    "--format",
+    "file_format",
+    type=click.Choice(FORMATS),
+    default="safetensors",
+    show_default=True,
+    help="Of the files.",
+)
+@click.option(
     "--shard",
     "shard_bytes",
-    default="256MB",
-    show_default=True,
     metavar="SIZE",
     callback=size_option,
-    help="How large a file may be; a span is not cut.",
+    help="How many bytes of rows a file may hold, 256MB unless given; of Zarr, a chunk, 16MB.",
 )
 @store_options
 def export(
@@ -109,18 +115,22 @@ def export(
     model: str | None,
     namespace: str,
     intervention: str,
-    shard_bytes: int,
+    file_format: str,
+    shard_bytes: int | None,
     path: str | None,
     as_json: bool,
 ) -> None:
-    """Write the rows of one point to safetensors files in DIR, with a manifest.
+    """Write the rows of one point to files in DIR, with a manifest.
 
-    Each file holds `rows`, and the token and the position in its prompt of each, as `token_ids` and `positions`.
-    manifest.json is written last: it names model, point, dtype, shape, and each file with its BLAKE3.
+    Each row has its token and its position in its prompt. safetensors: `rows`, `token_ids`, `positions`. parquet:
+    columns `token_id`, `position`, `span`, `activation`. zarr: a group `activations.zarr` with `rows`, `token_ids`,
+    `positions`, `spans`. manifest.json is written last: it names model, point, dtype, shape, and each file with its
+    BLAKE3.
 
     \b
-    Example:
+    Examples:
       promptdb activations export --point post-mlp --layer 0 post-mlp-0
+      promptdb activations export --point post-mlp --layer 0 --format parquet post-mlp-0
     """
     with PromptDB(path, readonly=True) as db:
         weights = None if model is None else sorted(find_weights(db, model))
@@ -130,7 +140,9 @@ def export(
         root, series, nodes = db.recorded_spans(
             point, layer, dtype=row_dtype, model=where, namespace=namespace, intervention=intervention
         )
-        report = export_activations(db, directory, root, series, nodes, shard_bytes=shard_bytes)
+        report = export_activations(
+            db, directory, root, series, nodes, file_format=file_format, shard_bytes=shard_bytes
+        )
     if as_json:
         print_json({"num_rows": report.num_rows, "num_files": report.num_files, "size_bytes": report.size_bytes})
         return
