@@ -28,7 +28,7 @@ COMMANDS = {
     "put": ("put", "Compute prompts and store their representations."),
     "score": ("score", "Compute how likely continuations are."),
     "record": ("record", "Compute activations of prompts and store them."),
-    "activations": ("activations", "List recorded activations, or write them to files."),
+    "activations": ("activations", "List recorded activations, draw them, or write them to files."),
     "get": ("get", "Look up the longest stored prefix of a prompt."),
     "explain": ("explain", "Tell why a prompt is stored or not."),
     "tree": ("tree", "Draw the stored spans as a tree."),

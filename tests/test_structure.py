@@ -16,7 +16,7 @@ CLI = PACKAGE.parent / "cli"
 
 # A module may import those before it, wherever the import stands. (For type checkers only, it may import any.)
 ORDER = (
-    "version", "errors", "events",
+    "version", "errors", "events", "plots", "pictures",
     "hashing", "code_identity", "refusals", "identity", "tokenizer_identity", "watch", "checkpoint",
     "keys", "tokens", "format", "blobs", "buffers", "packing",
     "hook_points", "hook_places", "hook_context", "hook_binding",
@@ -24,7 +24,7 @@ ORDER = (
     "life", "userkey", "sealing", "sealed", "labels", "served", "trie", "access", "activations", "snapshot", "registry",
     "outbox", "shared_options",
     "rebuild", "ledger", "pins", "eviction", "audit", "verify", "commits", "collect", "lifecycle",
-    "recordings", "dataset", "rows", "recall", "opening", "db",
+    "recordings", "dataset", "rows", "norms", "recall", "opening", "db",
     "shard_rows", "shards_safetensors", "shards_parquet", "shards_zarr", "shards",
     "doctor", "metrics", "migrate", "testing",
     "frames", "streams", "intake", "outgoing", "deposit", "incoming", "archive", "backup",
