@@ -29,6 +29,7 @@ COMMANDS = {
     "score": ("score", "Compute how likely continuations are."),
     "record": ("record", "Compute activations of prompts and store them."),
     "activations": ("activations", "List recorded activations, draw them, or write them to files."),
+    "artifacts": ("artifacts", "List, show, draw and remove named results."),
     "get": ("get", "Look up the longest stored prefix of a prompt."),
     "explain": ("explain", "Tell why a prompt is stored or not."),
     "tree": ("tree", "Draw the stored spans as a tree."),

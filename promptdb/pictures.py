@@ -18,7 +18,9 @@ FORMATS = ("png", "svg", "pdf")
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _MAX_NAMED_TICKS = 48
 _MAX_TICK_CHARACTERS = 16
-_MAX_LEGEND = 12
+_MAX_INSIDE = 4
+"""Lines whose legend has room beside them; that of more stands outside."""
+_LEGEND_ROWS = 20
 _STYLE = {
     "text.parse_math": False,  # a dollar sign in a token is one
     "axes.spines.top": False,
@@ -122,6 +124,7 @@ def _texts(value: Any) -> list[str] | None:
 
 def _curves(axes: Any, plot: Plot, data: Mapping[str, Any]) -> None:
     import numpy
+    from matplotlib import colormaps
 
     curves: list[tuple[str, Any]] = []
     for name in plot.y:
@@ -132,6 +135,8 @@ def _curves(axes: Any, plot: Plot, data: Mapping[str, Any]) -> None:
     if plot.labels and len(plot.labels) != len(curves):
         raise InputTypeError(f"{len(plot.labels)} labels for {len(curves)} lines")
     count = max(len(numbers) for _, numbers in curves)
+    if len(curves) > len(_COLOURS):  # more than can be told apart: their order shows
+        axes.set_prop_cycle(color=colormaps["viridis"](numpy.linspace(0, 0.92, len(curves))))
     texts = _texts(data[plot.x]) if plot.x else None
     x = numpy.arange(count, dtype=float) if texts or not plot.x else _numbers(plot.x, data[plot.x], 1)
     if texts is not None and len(texts) != count:
@@ -147,18 +152,23 @@ def _curves(axes: Any, plot: Plot, data: Mapping[str, Any]) -> None:
         else:
             width = 0.8 / len(curves)
             axes.bar(x + (at - (len(curves) - 1) / 2) * width, numbers, width, label=label)
-    axes.set_xscale(plot.x_scale)
-    axes.set_yscale(plot.y_scale)
+    if plot.x_scale == "log":
+        axes.set_xscale("log")
+        _plain_log(axes.xaxis)
+    if plot.y_scale == "log":
+        axes.set_yscale("log")
+        _plain_log(axes.yaxis)
     axes.grid(axis="y" if plot.kind == "bar" else "both", linewidth=0.5, alpha=0.35)
     axes.set_axisbelow(True)
     axes.set_xlabel(_legible(plot.x_label or plot.x))
     axes.set_ylabel(_legible(plot.y_label or (plot.y[0] if len(plot.y) == 1 else "")))
     _ticks(axes.xaxis, texts, x if plot.x_scale == "linear" else None)
     if len(curves) > 1 or plot.labels:
-        if len(curves) <= _MAX_LEGEND:
+        if len(curves) <= _MAX_INSIDE:
             axes.legend(frameon=False)
         else:
-            axes.legend(frameon=False, ncols=2, fontsize=6, loc="center left", bbox_to_anchor=(1.0, 0.5))
+            columns = -(-len(curves) // _LEGEND_ROWS)
+            axes.legend(frameon=False, ncols=columns, fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
 
 
 def _heatmap(figure: Any, axes: Any, plot: Plot, data: Mapping[str, Any]) -> None:
@@ -177,6 +187,8 @@ def _heatmap(figure: Any, axes: Any, plot: Plot, data: Mapping[str, Any]) -> Non
         scale = LogNorm(float(shown.min()), float(shown.max()))
     image = axes.imshow(shown, aspect="auto", origin="lower", cmap="viridis", norm=scale, interpolation="nearest")
     bar = figure.colorbar(image, ax=axes, pad=0.02)
+    if scale is not None:
+        _plain_log(bar.ax.yaxis)
     bar.set_label(_legible(plot.z_label or plot.z))
     bar.outline.set_visible(False)
     for axis, name, label, size in (
@@ -191,6 +203,14 @@ def _heatmap(figure: Any, axes: Any, plot: Plot, data: Mapping[str, Any]) -> Non
             texts = [f"{float(value):g}" for value in named]
         _ticks(axis, texts, numpy.arange(size))
         axis.set_label_text(_legible(label or name))
+
+
+def _plain_log(axis: Any) -> None:
+    """Write powers of ten as numbers: 0.1, 10, 1000."""
+    from matplotlib.ticker import FuncFormatter, LogFormatter
+
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(1.5, 0.6)))
 
 
 def _ticks(axis: Any, texts: Sequence[str] | None, places: Any) -> None:
