@@ -342,6 +342,8 @@ def _mapping(what: str, value: Any) -> dict[str, Any]:
         return {}
     if not isinstance(value, Mapping) or not all(isinstance(name, str) and name for name in value):
         raise InputTypeError(f"{what} must be a dict whose keys are names", f"{what}={{'name': ...}}")
+    if "__metadata__" in value:  # safetensors keeps it for itself
+        raise InputTypeError(f"{what} cannot have the name '__metadata__'")
     return dict(value)
 
 
@@ -355,12 +357,12 @@ def _as_json(config: Any) -> Any:
 
 def _part(name: str, value: Any) -> Part:
     """Return a torch tensor or numpy array as bytes."""
-    if hasattr(value, "detach"):  # torch's: not imported for those who have none
-        found = value.detach().cpu().contiguous()
-        dtype = _OF_TORCH.get(str(found.dtype))
-        if dtype is not None and str(found.layout) == "torch.strided":
+    if hasattr(value, "detach"):  # torch's, which is not imported for those who have none
+        dtype = _OF_TORCH.get(str(value.dtype))
+        if dtype is not None and str(value.layout) == "torch.strided" and not value.is_meta:
             import torch
 
+            found = value.detach().cpu().contiguous()
             data = memoryview(found.reshape(-1).view(torch.uint8).numpy()) if found.numel() else b""
             return TensorSpec(name, dtype, tuple(found.shape)), data
     elif hasattr(value, "__array_interface__"):
