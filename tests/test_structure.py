@@ -17,7 +17,7 @@ CLI = PACKAGE.parent / "cli"
 # A module may import those before it, wherever the import stands. (For type checkers only, it may import any.)
 ORDER = (
     "version", "errors", "events", "plots", "pictures",
-    "hashing", "code_identity", "refusals", "identity", "tokenizer_identity", "watch", "checkpoint",
+    "hashing", "code_identity", "placement", "refusals", "identity", "tokenizer_identity", "watch", "checkpoint",
     "keys", "tokens", "format", "blobs", "buffers", "packing",
     "hook_points", "hook_places", "hook_context", "hook_binding",
     "tables", "filesystem", "memory", "presence", "reserve", "maplock", "lmdb_errors", "pages", "environment", "index",
@@ -32,7 +32,7 @@ ORDER = (
     "breaker", "signing", "parcel", "far_index", "far_calls", "pulling", "pushing", "shared", "shared_sync",
     "cost", "explain",
     "ambient", "cache", "staging", "scores", "quantise", "kv", "masks", "runner", "probe",
-    "hook_attention", "hook_loss", "hook_wiring", "hooked_model", "hooks", "interventions",
+    "hook_attention", "hook_loss", "hook_wiring", "hooked_model", "hooks", "interventions", "offloading",
     "loader", "writer", "storer",
     "representation", "loading",
     "generation", "extender", "tree", "plan", "levels", "forecast", "passes", "batch", "scoring", "registration",
@@ -45,6 +45,7 @@ ORDER = (
 
 # The only module that may import a library, or the only ones.
 OWNERS = {
+    "accelerate": {"offloading"},
     "cryptography": {"sealing", "signing"},
     "lmdb": {"lmdb_errors", "pages", "environment", "index"},
     "matplotlib": {"pictures"},
@@ -62,7 +63,7 @@ OWNERS = {
         "loader", "storer", "representation", "loading", "generation", "extender", "passes", "batch", "scoring",
         "engine", "recompute", "text", "demo_models", "demo_training", "demo",
         "hook_attention", "hook_loss", "hook_wiring", "hooked_model", "interventions", "rows", "recall", "dataset",
-        "collector", "recorder", "artifacts", "call_identity",
+        "collector", "recorder", "artifacts", "call_identity", "placement", "offloading",
     },
     "transformers": {
         "arguments", "calls",
