@@ -21,6 +21,7 @@ MAX_TEXT_BYTES = 16 << 20
 _HEADER_ROOM = 64
 
 NUMBER, TEXT = "number", "text"
+_COLUMN_DTYPES = {NUMBER: ("F64", "I64", "BOOL"), TEXT: ("I64",)}
 
 
 def record_key(name: str) -> bytes:
@@ -187,7 +188,8 @@ def _check(record: ArtifactRecord, found: Mapping[str, TensorView]) -> None:
         name = column_name(number) if kind == NUMBER else ends_name(number)
         wanted |= {name, column_name(number)}
         view = found.get(name)
-        lengths.add(None if view is None or len(view.shape) != 1 else view.shape[0])
+        is_sound = view is not None and len(view.shape) == 1 and view.dtype in _COLUMN_DTYPES[kind]
+        lengths.add(view.shape[0] if view is not None and is_sound else None)
     if wanted - set(found) or len(lengths) > 1 or None in lengths:
         raise CorruptDataError(f"artifact {record.name!r} lacks tensors or columns", "restore the store from a copy")
 

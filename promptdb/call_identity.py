@@ -31,6 +31,7 @@ from promptdb.identity import weights_id
 from promptdb.interventions import Intervention
 from promptdb.keys import Root
 from promptdb.tokenizer_identity import tokenizer_id
+from promptdb.version import __version__
 
 __all__ = ["call_key"]
 
@@ -62,6 +63,9 @@ def call_key(name: str, version: str, function: Any, arguments: Mapping[str, Any
     """
     call = _Call()
     call.field("name", name).field("version", version).field("python", platform.python_version())
+    call.field("promptdb", __version__).field("default dtype", str(torch.get_default_dtype()))
+    for library in ("torch", "transformers"):
+        call.field(library, importlib.metadata.version(library))
     try:
         call.function(getattr(function, "__qualname__", "the function"), function)
         for argument in arguments:  # in the order of the signature
@@ -90,7 +94,8 @@ class _Call:
         elif kind in (int, complex):
             field("value", repr(value))
         elif isinstance(value, enum.Enum):
-            field("value", f"{class_id(kind)} {value.name}")
+            self._class(where, kind)
+            field("value", value.name)
         elif kind in (list, tuple):
             self._items(where, value)
         elif isinstance(value, tuple) and hasattr(value, "_fields"):
@@ -109,7 +114,7 @@ class _Call:
         elif isinstance(value, (torch.dtype, torch.device)):
             field("value", str(value))
         elif isinstance(value, torch.nn.Module):
-            self._module(value)
+            self._module(where, value)
         elif isinstance(value, Engine):
             field("root", value.root.digest).field("device", str(value.model.device)).field("strict", value.strict)
         elif isinstance(value, Root):
@@ -119,6 +124,7 @@ class _Call:
             self.value(f"{where}: {value!r}", value.fn)
         elif isinstance(value, Intervention):
             field("id", value.id)
+            self._items(where, value.hooks)
         elif isinstance(value, _GRAD_MODES):
             field("mode", repr(getattr(value, "mode", None)))
         elif hasattr(value, "backend_tokenizer") or hasattr(value, "encode_batch"):
@@ -133,6 +139,7 @@ class _Call:
         elif dataclasses.is_dataclass(value):
             self._class(where, kind)
             self._items(where, [getattr(value, each.name) for each in dataclasses.fields(value)])
+            self._items(where, [part for item in getattr(value, "__dict__", {}).items() for part in item])
         else:
             self._refuse(where, value)
 
@@ -171,8 +178,10 @@ class _Call:
             "content", blake3(value.tobytes()).digest()
         )
 
-    def _module(self, model: torch.nn.Module) -> None:
+    def _module(self, where: str, model: torch.nn.Module) -> None:
         self.field("weights", weights_id(model))
+        for cls in dict.fromkeys(type(each) for each in model.modules()):
+            self._class(where, cls)
         self.field("training", "".join("01"[each.training] for each in model.modules()))
         self.field("devices", " ".join(sorted({str(each.device) for each in model.parameters()})))
 
@@ -266,6 +275,12 @@ class _Call:
             for function in (getattr(member, "__func__", member), getattr(member, "fget", None)):
                 if isinstance(function, types.FunctionType):
                     self.function(f"{where}: {cls.__qualname__}.{name}", function)
+            is_plain = not (
+                hasattr(member, "__get__") or name.startswith(("__", "_abc_")) or issubclass(cls, enum.Enum)
+            )
+            if is_plain:  # it may have been set since the class was defined
+                self.field("attribute", name)
+                self.value(f"{where}: {cls.__qualname__}.{name}", member)
         for base in cls.__bases__:
             self._class(where, base)
 

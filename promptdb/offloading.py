@@ -58,7 +58,7 @@ def offload(
     Notes
     -----
     Each pass copies all weights to the device: worth it for long prompts and batches. Buffers live on the device. Each
-    call of an engine looks at the structure of the model again, some milliseconds per hundred modules. An edit of a file
+    call of an engine looks at the structure of the model again: milliseconds per hundred modules. An edit of a file
     in ``folder`` is noticed as an edit through ``.data`` is: see :class:`promptdb.watch.ModelWatch`. Taken off again by
     ``accelerate.hooks.remove_hook_from_module(model, recurse=True)``.
     """

@@ -188,12 +188,26 @@ def test_the_key_follows_all_that_a_function_names(monkeypatch):
         def method(x):
             return x + FACTOR
 
+        rate = 0.1
+
     def uses_class(x):
-        return Helper.method(x)
+        return Helper.method(x) * Helper.rate
 
     before = key(uses_class)
     monkeypatch.setattr(sys.modules[__name__], "FACTOR", 3)
     assert key(uses_class) != before
+    monkeypatch.undo()
+    assert key(uses_class) == before
+    Helper.rate = 0.2
+    assert key(uses_class) != before
+
+    class Probe(torch.nn.Module):
+        def forward(self, x):
+            return scaled(x)
+
+    before = key(plain, Probe())
+    monkeypatch.setattr(sys.modules[__name__], "FACTOR", 3)
+    assert key(plain, Probe()) != before
 
 
 def test_the_key_follows_the_source(tmp_path, monkeypatch):
