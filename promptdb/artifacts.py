@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import os
-import sys
-from array import array
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -14,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 from promptdb.artifact_records import (
     LONGEST_NAME_BYTES,
     MAX_TEXT_BYTES,
-    NUMBER,
     RECORD,
     TEXT,
     ArtifactRecord,
@@ -27,8 +23,9 @@ from promptdb.artifact_records import (
     tensor_name,
     texts_of,
 )
+from promptdb.artifact_values import TORCH_NAMES, as_json, column_parts, integers, named, tensor_part
 from promptdb.blobs import TensorSpec, TensorView, parse_blob
-from promptdb.errors import CorruptDataError, InputTypeError, NodeNotFoundError, StoreError
+from promptdb.errors import InputTypeError, NodeNotFoundError, StoreError
 from promptdb.format import ARTIFACTS, checksum
 from promptdb.life import DEFAULT_COMPRESSION, read_limits
 from promptdb.packing import pack
@@ -40,16 +37,6 @@ if TYPE_CHECKING:
     import torch
 
 __all__ = ["Artifact", "Artifacts"]
-
-_TORCH_NAMES = {
-    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn",
-    "F8_E5M2": "float8_e5m2", "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8",
-    "U64": "uint64", "U32": "uint32", "U16": "uint16", "BOOL": "bool",
-}  # fmt: skip
-_OF_TORCH = {f"torch.{name}": dtype for dtype, name in _TORCH_NAMES.items()}
-_OF_NUMPY = {name: dtype for dtype, name in _TORCH_NAMES.items() if not name.startswith(("bfloat", "float8"))}
-
-Part = tuple[TensorSpec, bytes | memoryview]
 
 
 @dataclass(frozen=True)
@@ -101,7 +88,7 @@ class Artifact:
         found = {}
         for name in self.record.tensors:
             view = self._views[tensor_name(name)]
-            dtype = getattr(torch, _TORCH_NAMES[view.dtype])
+            dtype = getattr(torch, TORCH_NAMES[view.dtype])
             content = bytearray(view.data)
             flat = torch.frombuffer(content, dtype=dtype) if content else torch.empty(0, dtype=dtype)
             found[name] = flat.view(view.shape)
@@ -114,13 +101,13 @@ class Artifact:
         for number, (name, kind) in enumerate(self.record.columns):
             view = self._views[column_name(number)]
             if kind == TEXT:
-                found[name] = texts_of(view.data, _integers(self._views[ends_name(number)]))
+                found[name] = texts_of(view.data, integers(self._views[ends_name(number)]))
             elif view.dtype == "F64":
                 found[name] = view.floats().tolist()
             elif view.dtype == "BOOL":
                 found[name] = [each != 0 for each in bytes(view.data)]
             else:
-                found[name] = _integers(view)
+                found[name] = integers(view)
         return found
 
     def shapes(self) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -130,8 +117,8 @@ class Artifact:
 
     def tensor_file(self) -> bytearray:
         """Return its tensors as a safetensors file, under their own names."""
-        named = [(name, self._views[tensor_name(name)]) for name in self.record.tensors]
-        return build([(TensorSpec(name, view.dtype, view.shape), view.data) for name, view in named])
+        views = [(name, self._views[tensor_name(name)]) for name in self.record.tensors]
+        return build([(TensorSpec(name, view.dtype, view.shape), view.data) for name, view in views])
 
     def draw(self, path: str | os.PathLike[str]) -> None:
         """Draw its picture into a file, ``.png``, ``.svg`` or ``.pdf``; see :func:`promptdb.pictures.draw`.
@@ -221,27 +208,27 @@ class Artifacts:
     ) -> Artifact:
         """Return an artifact that is not kept yet; otherwise as :meth:`save`. ``key``: what it was made from, hex."""
         check_name(name)
-        named = {each: _part(tensor_name(each), value) for each, value in _mapping("tensors", tensors).items()}
-        table = {each: list(values) for each, values in _mapping("columns", columns).items()}
-        both = sorted(set(named) & set(table))
+        arrays = {each: tensor_part(tensor_name(each), value) for each, value in named("tensors", tensors).items()}
+        table = {each: list(values) for each, values in named("columns", columns).items()}
+        both = sorted(set(arrays) & set(table))
         if both:
             raise InputTypeError(f"{both[0]!r} is a tensor and a column", "give one of them another name")
         if len({len(values) for values in table.values()}) > 1:
             lengths = ", ".join(f"{each}: {len(values)}" for each, values in table.items())
             raise InputTypeError(f"columns of several lengths: {lengths}", "keep them as tensors")
-        parts = list(named.values())
+        parts = list(arrays.values())
         kinds: list[tuple[str, str]] = []
         for number, (each, values) in enumerate(table.items()):
-            kind, added = _column(number, each, values)
+            kind, added = column_parts(number, each, values)
             kinds.append((each, kind))
             parts += added
         wanted = None if plot is None else Plot.of(plot)
-        missing = [each for each in (wanted.names if wanted is not None else ()) if each not in {**named, **table}]
+        missing = [each for each in (wanted.names if wanted is not None else ()) if each not in {**arrays, **table}]
         if missing:
             raise InputTypeError(f"the plot shows {missing[0]!r}, which is neither a tensor nor a column")
         record = ArtifactRecord(
-            name, self._clock(), f"promptdb {__version__}", _as_json(config), wanted, notes, key, tuple(kinds),
-            tuple(named),
+            name, self._clock(), f"promptdb {__version__}", as_json(config), wanted, notes, key, tuple(kinds),
+            tuple(arrays),
         )  # fmt: skip
         if not isinstance(notes, str) or len(record.pack()) > MAX_TEXT_BYTES:
             raise InputTypeError("notes that are no text, or a config of more than 16 MiB", "keep it in a tensor")
@@ -335,91 +322,3 @@ def _record(reader: Reader, name: str) -> ArtifactRecord:
 
 def _with_blob(record: ArtifactRecord, size_bytes: int, digest: bytes) -> ArtifactRecord:
     return replace(record, blob_bytes=size_bytes, blob_checksum=digest)
-
-
-def _mapping(what: str, value: Any) -> dict[str, Any]:
-    if value is None:
-        return {}
-    if not isinstance(value, Mapping) or not all(isinstance(name, str) and name for name in value):
-        raise InputTypeError(f"{what} must be a dict whose keys are names", f"{what}={{'name': ...}}")
-    if "__metadata__" in value:  # safetensors keeps it for itself
-        raise InputTypeError(f"{what} cannot have the name '__metadata__'")
-    return dict(value)
-
-
-def _as_json(config: Any) -> Any:
-    """Return a config as JSON will give it back; raises :class:`InputTypeError` for what JSON has not."""
-    try:
-        return json.loads(json.dumps(config))
-    except (TypeError, ValueError, RecursionError) as error:
-        raise InputTypeError(f"the config cannot be kept: {error}", "numbers, texts, lists and dicts can") from error
-
-
-def _part(name: str, value: Any) -> Part:
-    """Return a torch tensor or numpy array as bytes."""
-    if hasattr(value, "detach"):  # torch's, which is not imported for those who have none
-        dtype = _OF_TORCH.get(str(value.dtype))
-        if dtype is not None and str(value.layout) == "torch.strided" and not value.is_meta:
-            import torch
-
-            found = value.detach().cpu().contiguous()
-            data = memoryview(found.reshape(-1).view(torch.uint8).numpy()) if found.numel() else b""
-            return TensorSpec(name, dtype, tuple(found.shape)), data
-    elif hasattr(value, "__array_interface__"):
-        import numpy
-
-        array = numpy.asarray(value)
-        dtype = _OF_NUMPY.get(array.dtype.name)
-        if dtype is not None:
-            return TensorSpec(name, dtype, array.shape), array.astype(array.dtype.newbyteorder("<")).tobytes()
-    kind = getattr(value, "dtype", type(value).__name__)
-    raise InputTypeError(
-        f"tensor {name[2:]!r} of {kind} cannot be kept", "tensors of torch and arrays of numpy can; lists are columns"
-    )
-
-
-def _column(number: int, name: str, values: Sequence[Any]) -> tuple[str, list[Part]]:
-    """Return the kind of a column, and its parts of the blob."""
-    values = [
-        value.item() if hasattr(value, "item") and getattr(value, "shape", None) == () else value for value in values
-    ]
-    rows, kinds = (len(values),), {type(value) for value in values}
-    at = column_name(number)
-    try:
-        if kinds <= {str}:
-            texts = [value.encode() for value in values]
-            ends, total = array("q"), 0
-            for text in texts:
-                total += len(text)
-                ends.append(total)
-            content = b"".join(texts)
-            return TEXT, [
-                (TensorSpec(at, "U8", (total,)), content),
-                (TensorSpec(ends_name(number), "I64", rows), _little(ends)),
-            ]
-        if kinds == {bool}:
-            return NUMBER, [(TensorSpec(at, "BOOL", rows), bytes(values))]
-        if kinds == {int}:
-            return NUMBER, [(TensorSpec(at, "I64", rows), _little(array("q", values)))]
-        if kinds <= {int, float}:
-            return NUMBER, [(TensorSpec(at, "F64", rows), _little(array("d", values)))]
-    except (OverflowError, UnicodeEncodeError) as error:
-        raise InputTypeError(f"column {name!r} cannot be kept: {error}") from error
-    found = ", ".join(sorted(kind.__name__ for kind in kinds))
-    raise InputTypeError(f"column {name!r} holds {found}", "columns are of numbers, of truth values, or of texts")
-
-
-def _little(values: array[Any]) -> bytes:
-    if sys.byteorder == "big":
-        values.byteswap()
-    return values.tobytes()
-
-
-def _integers(view: TensorView) -> list[int]:
-    if view.dtype != "I64":
-        raise CorruptDataError(f"a column of an artifact is {view.dtype}")
-    values = array("q")
-    values.frombytes(view.data)
-    if sys.byteorder == "big":
-        values.byteswap()
-    return values.tolist()

@@ -22,7 +22,7 @@ ORDER = (
     "hook_points", "hook_places", "hook_context", "hook_binding",
     "tables", "filesystem", "memory", "presence", "reserve", "maplock", "lmdb_errors", "pages", "environment", "index",
     "life", "userkey", "sealing", "sealed", "labels", "served", "trie", "access", "activations", "snapshot", "registry",
-    "outbox", "shared_options", "artifact_records", "artifacts",
+    "outbox", "shared_options", "artifact_records", "artifact_values", "artifacts",
     "rebuild", "ledger", "pins", "eviction", "audit", "verify", "commits", "collect", "lifecycle",
     "recordings", "dataset", "rows", "norms", "recall", "opening", "db",
     "shard_rows", "shards_safetensors", "shards_parquet", "shards_zarr", "shards",
@@ -63,7 +63,7 @@ OWNERS = {
         "loader", "storer", "representation", "loading", "generation", "extender", "passes", "batch", "scoring",
         "engine", "recompute", "text", "demo_models", "demo_training", "demo",
         "hook_attention", "hook_loss", "hook_wiring", "hooked_model", "interventions", "rows", "recall", "dataset",
-        "collector", "recorder", "artifacts", "call_identity", "placement", "offloading",
+        "collector", "recorder", "artifact_values", "artifacts", "call_identity", "placement", "offloading",
     },
     "transformers": {
         "arguments", "calls",
