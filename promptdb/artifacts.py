@@ -25,7 +25,8 @@ from promptdb.artifact_records import (
 )
 from promptdb.artifact_values import TORCH_NAMES, as_json, column_parts, integers, named, tensor_part
 from promptdb.blobs import TensorSpec, TensorView, parse_blob
-from promptdb.errors import InputTypeError, NodeNotFoundError, StoreError
+from promptdb.errors import CorruptDataError, InputTypeError, NodeNotFoundError, StoreError
+from promptdb.events import warn
 from promptdb.format import ARTIFACTS, checksum
 from promptdb.life import DEFAULT_COMPRESSION, read_limits
 from promptdb.packing import pack
@@ -230,8 +231,7 @@ class Artifacts:
             name, self._clock(), f"promptdb {__version__}", as_json(config), wanted, notes, key, tuple(kinds),
             tuple(arrays),
         )  # fmt: skip
-        if not isinstance(notes, str) or len(record.pack()) > MAX_TEXT_BYTES:
-            raise InputTypeError("notes that are no text, or a config of more than 16 MiB", "keep it in a tensor")
+        _check_size(record)
         return Artifact(record, build(parts) if parts else b"")
 
     def keep(self, made: Artifact, *, replace: bool = False) -> Artifact:
@@ -282,9 +282,15 @@ class Artifacts:
             return None if data is None else ArtifactRecord.unpack(record_key(name), data)
 
     def list(self) -> Sequence[ArtifactRecord]:
-        """Return what is known of all artifacts without their numbers, by name; raises :class:`CorruptDataError`."""
+        """Return what is known of all artifacts without their numbers, by name; damaged ones are left out."""
+        found = []
         with self._index.read() as reader:
-            return [ArtifactRecord.unpack(key, data) for key, data in reader.scan(ARTIFACTS, prefix=RECORD)]
+            for key, data in reader.scan(ARTIFACTS, prefix=RECORD):
+                try:
+                    found.append(ArtifactRecord.unpack(key, data))
+                except CorruptDataError as error:
+                    warn("damage", f"{error.message}; `promptdb verify --fix` removes it", key=key.hex())
+        return found
 
     def remove(self, name: str) -> None:
         """Remove an artifact, whether it holds or not; raises :class:`NodeNotFoundError` if there is none."""
@@ -306,6 +312,21 @@ def check_name(name: object) -> None:
         sound = False
     if not sound:
         raise InputTypeError(f"the name of an artifact is {name!r}", f"choose 1 to {LONGEST_NAME_BYTES} bytes of text")
+
+
+def _check_size(record: ArtifactRecord) -> None:
+    """Raise :class:`InputTypeError` for a record that could not be read again."""
+    if not isinstance(record.notes, str):
+        raise InputTypeError(f"notes are a {type(record.notes).__name__}", "they are text")
+    try:
+        packed = record.pack()
+        if len(packed) > MAX_TEXT_BYTES:
+            raise InputTypeError("notes and config have more than 16 MiB", "keep what is large in a tensor")
+        ArtifactRecord.unpack(record_key(record.name), packed)
+    except (CorruptDataError, UnicodeEncodeError) as error:
+        raise InputTypeError(
+            f"this cannot be kept: {error}", "fewer columns and tensors, and texts of Unicode"
+        ) from error
 
 
 def _none(name: str) -> NodeNotFoundError:

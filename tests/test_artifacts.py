@@ -92,7 +92,7 @@ def test_a_store_in_memory_has_them_too():
 
 
 def test_compression_is_the_stores_own(store_path):
-    numbers = torch.arange(1 << 16, dtype=torch.int64)
+    numbers = torch.randint(256, (1 << 16,), generator=torch.Generator().manual_seed(0))
     with PromptDB(store_path) as db:
         db.artifacts.save("plain", tensors={"x": numbers})
         db.set_compression("zstd")
@@ -162,6 +162,8 @@ def test_names_lists_and_removal(db):
         ({"config": {1, 2}}, "the config cannot be kept"),
         ({"config": torch.ones(1)}, "the config cannot be kept"),
         ({"notes": 3}, "notes"),
+        ({"notes": "\ud800"}, "cannot be kept"),
+        ({"columns": {f"column {n}": [] for n in range(46000)}}, "too much|cannot be kept"),
         ({"notes": "x" * (17 << 20)}, "16 MiB"),
         ({"plot": {"kind": "line", "y": "z"}}, "neither a tensor nor a column"),
         ({"plot": {"kind": "pie", "y": "z"}}, "a plot of kind 'pie'"),
