@@ -163,7 +163,7 @@ def test_names_lists_and_removal(db):
         ({"config": torch.ones(1)}, "the config cannot be kept"),
         ({"notes": 3}, "notes"),
         ({"notes": "\ud800"}, "cannot be kept"),
-        ({"columns": {f"column {n}": [] for n in range(46000)}}, "too much|cannot be kept"),
+        ({"columns": {f"column {n}": [] for n in range(30000)}}, "too much|cannot be kept"),
         ({"notes": "x" * (17 << 20)}, "16 MiB"),
         ({"plot": {"kind": "line", "y": "z"}}, "neither a tensor nor a column"),
         ({"plot": {"kind": "pie", "y": "z"}}, "a plot of kind 'pie'"),

@@ -104,7 +104,7 @@ def test_a_damaged_one_shows_what_is_left(store):
 
 # Pictures of activations
 
-TEXT = "Naïve $x$ 你好"
+TEXT = "Naïve $x$ 你好, done"
 
 
 @pytest.fixture

@@ -149,19 +149,19 @@ def test_data_frames_read_it_at_once(db, tmp_path):
 def test_memory_is_bounded(store_path, tmp_path, monkeypatch, file_format):
     monkeypatch.setattr(shards_parquet, "_GROUP_BYTES", 64 << 10)
     with PromptDB(store_path, chunk_tokens=64) as db:
-        record(db, [list(range(2048))], shape=(512,))  # 4 MiB
+        record(db, [list(range(1024))], shape=(512,))  # 2 MiB
         source = db.recorded_spans("post-mlp", 1)
         import numpy  # noqa: F401 - not to be counted
 
-        options = {"file_format": file_format, "shard_bytes": (64 << 10) if file_format == "zarr" else None}
-        export_activations(db, tmp_path / "first", *source, **options)
+        options = {"file_format": file_format, "shard_bytes": (128 << 10) if file_format == "zarr" else None}
+        export_activations(db, tmp_path / "first", source[0], source[1], source[2][:1], **options)
         tracemalloc.start()
         export_activations(db, tmp_path / "out", *source, **options)
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         assert peak < 1 << 20
         if file_format == "parquet":
-            assert pq.ParquetFile(tmp_path / "out" / "rows-00000.parquet").num_row_groups > 30
+            assert pq.ParquetFile(tmp_path / "out" / "rows-00000.parquet").num_row_groups > 15
 
 
 @pytest.mark.parametrize("file_format", FORMATS)
