@@ -260,8 +260,7 @@ class _Call:
             self._imported(f"{where}: {name}", name)
 
     def _class(self, where: str, cls: type) -> None:
-        top = cls.__module__.split(".")[0]
-        if top in LIBRARIES or top in sys.stdlib_module_names or _is_library_file(_file_of(cls.__module__)):
+        if _is_library(cls.__module__):
             self.field("class", f"{cls.__module__}.{cls.__qualname__}")
             self._imported(where, cls.__module__)
             return
@@ -286,14 +285,9 @@ class _Call:
 
     def _imported(self, where: str, name: str) -> None:
         """Add a library by its name and version; refuse a module of the user's own."""
-        top = name.split(".")[0]
-        if top in sys.stdlib_module_names or name == "builtins":
-            self.field("module", name)
-            return
-        path = _file_of(top)
-        if top not in LIBRARIES and not _is_library_file(path):
+        if not _is_library(name):
             raise IdentityError(f"{where} is the module {name}, which cannot be identified", _HINTS["module"])
-        self.field("module", name).field("version", _version(top))
+        self.field("module", name).field("version", _version(name.split(".")[0]))
 
 
 def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
@@ -301,6 +295,13 @@ def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
             yield from _codes(constant)
+
+
+def _is_library(module: str) -> bool:
+    """Whether a module is one of Python's or was installed; one of the user's own may have the name of such."""
+    top = module.split(".")[0]
+    path = _file_of(module) or _file_of(top)
+    return top in LIBRARIES or (_is_library_file(path) if path else top in sys.stdlib_module_names)
 
 
 @cache

@@ -20,7 +20,7 @@ from promptdb import PromptDB
 from promptdb.artifact_records import blob_key, record_key
 from promptdb.backup import backup
 from promptdb.errors import CorruptDataError, InputTypeError, NodeNotFoundError, ReadOnlyStoreError, StoreError
-from promptdb.format import ARTIFACTS
+from promptdb.format import ARTIFACTS, pack_record, unpack_record
 from promptdb.keys import Root, pack_tokens
 from promptdb.testing import encode_tokens
 
@@ -249,6 +249,34 @@ def test_every_flipped_byte_is_noticed(db):
                 db.artifacts.load("x")
             damage(db, key, at)
     assert db.artifacts.load("x").columns == expected.columns
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"name": "y"}, {"name": 3}, {"created_unix_s": 1}, {"created_by": None}, {"config": "{"}, {"config": 3},
+        {"config": "[" * 100_000}, {"plot": "[]"}, {"plot": '{"kind": "pie"}'}, {"plot": 3}, {"notes": b"x"},
+        {"key": 1}, {"columns": 3}, {"columns": [["a"]]}, {"columns": [["a", "text"], ["t", "text"]]},
+        {"columns": [["a", "date"]]}, {"columns": [["a", "number"], ["t", "number"]]}, {"tensors": ["m", "n"]},
+        {"tensors": [3]}, {"blob": 3}, {"blob": [1, b""]}, {"blob": [-1, b""]}, {"blob": [2**63, b""]},
+        {"blob": [True, b""]}, {"blob": ["1", b""]}, {"columns": [["a", "number"], ["t", "text"], ["u", "number"]]},
+    ],
+)  # fmt: skip
+def test_records_that_cannot_be_are_damage(db, change):
+    """Their checksums hold: somebody wrote them so."""
+    db.artifacts.save("x", columns={"a": [1.5, 2.5], "t": ["p", "q"]}, tensors={"m": torch.ones(2)})
+    key = record_key("x")
+
+    def rewrite(writer):
+        fields = unpack_record(key, writer.get(ARTIFACTS, key))
+        writer.put(ARTIFACTS, key, pack_record(key, {**fields, **change}))
+
+    db._index.transact(rewrite)
+    with pytest.raises(CorruptDataError):
+        db.artifacts.load("x")
+    assert db.verify()
+    db.verify(fix=True)
+    assert db.artifacts.list() == []
 
 
 def put_prompt(db, first):

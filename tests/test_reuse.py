@@ -309,6 +309,17 @@ def test_relative_imports_of_ones_own_are_refused(tmp_path, monkeypatch):
         key(module.absolute)
 
 
+def test_ones_own_module_with_a_name_of_pythons_is_ones_own(monkeypatch):
+    mine = own_module()
+    mine.__name__ = "this"
+    monkeypatch.setitem(sys.modules, "this", mine)
+    with pytest.raises(IdentityError, match="module this"):
+        key(plain, mine)
+    import statistics
+
+    assert key(plain, statistics) != key(plain, math)
+
+
 def test_models_engines_and_hooks(db):
     model, tokenizer = random_model("llama"), shared_tokenizer()
     with Engine(db, model, tokenizer) as engine:
