@@ -59,6 +59,7 @@ def stat(path: str | None, as_json: bool) -> None:
             "spans": f"{found['num_nodes']:,}, {count(found['num_tokens'], 'token')}",
             "logits": f"after {count(found['num_logits'], 'position')}",
             "stored": size(found["blob_bytes"]),
+            **_describe_artifacts(found),
             **{name: value for name, value in describe_limits(found).items() if value and value != "none"},
             "file": f"{size(found['file_bytes'])}, of which {size(found['used_bytes'])} used",
             "disk": f"{size(found['free_bytes'])} free",
@@ -66,6 +67,11 @@ def stat(path: str | None, as_json: bool) -> None:
             **{f"shared {name}": text for name, text in totals_fields(found["shared"]).items()},
         }
     )
+
+
+def _describe_artifacts(found: dict[str, Any]) -> dict[str, str]:
+    number = found["num_artifacts"]
+    return {"artifacts": f"{number:,}, {size(found['artifact_bytes'])}"} if number else {}
 
 
 def _served(db: PromptDB) -> dict[str, Any]:

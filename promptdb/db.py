@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 from promptdb.access import AccessLog
+from promptdb.artifact_records import sizes
+from promptdb.artifacts import Artifacts
 from promptdb.commits import (
     Bytes,
     PutReport,
@@ -200,6 +202,7 @@ class PromptDB(Recall, Lifecycle):
         self._tally = Tally()
         self._verified = Verified(verify_reads)
         self.registry = Registry(index)
+        self.artifacts = Artifacts(index, clock)
         self.chunk_tokens: int = settings["chunk_tokens"]
         self.created_unix_s: float = settings["created_unix_s"]
         self.format_version: int = settings["format_version"]  # when it was opened
@@ -414,7 +417,7 @@ class PromptDB(Recall, Lifecycle):
         return [(node, prefix), *((child, tokens) for _, child, tokens in following)]
 
     def stat(self) -> dict[str, int]:
-        """Return totals of the store: nodes, tokens, bytes of blobs, limits, evictions, sizes of the file. Cheap."""
+        """Return totals of the store: nodes, tokens, bytes, artifacts, limits, evictions, sizes of the file. Cheap."""
         usage = self.usage()
         with self._index.read() as reader:
             totals = dict.fromkeys(TOTALS, 0)
@@ -423,6 +426,7 @@ class PromptDB(Recall, Lifecycle):
                     totals[name] += amount
             totals["num_roots"] = reader.count(ROOTS)
             totals["num_logits"] = reader.count(LOGITS)
+            totals["num_artifacts"], totals["artifact_bytes"] = sizes(reader)
         return {**totals, **usage, **self._index.stats()}
 
     def readings(self) -> tuple[int, list[Reading]]:

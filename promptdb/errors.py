@@ -11,7 +11,7 @@
     │   ├── QuotaExceededError            a put that does not fit into the store's quota
     │   ├── RemoteFilesystemError         LMDB must not live on a network filesystem
     │   ├── StoreKeyError                 the key of an encrypted store is missing, wrong, or not called for
-    │   ├── MissingLibraryError           the store needs a library that is not installed
+    │   ├── MissingLibraryError           an optional library is not installed
     │   ├── SharedError                   the shared store cannot be used; raised only where it is required
     │   └── WriteBehindError              a background write failed; raised by the next call and by close
     ├── CorruptDataError (ValueError)     a checksum, record or blob that does not hold
@@ -121,7 +121,7 @@ class StoreKeyError(StoreError):
 
 
 class MissingLibraryError(StoreError):
-    """The store is compressed or encrypted, and the optional library for that is not installed."""
+    """What is asked for, or how the store is written, needs an optional library that is not installed."""
 
 
 class SharedError(StoreError):

@@ -34,9 +34,10 @@ QUEUE = "queue"
 LABELS = "labels"
 ACTIVATIONS = "activations"
 OUTBOX = "outbox"
+ARTIFACTS = "artifacts"
 TABLES = (
     META, ROOTS, NODES, CHILDREN, BLOBS, LOGITS, MODELS, TOKENIZERS, CHECKPOINTS, LIFE, QUEUE, LABELS, ACTIVATIONS,
-    OUTBOX,
+    OUTBOX, ARTIFACTS,
 )  # fmt: skip
 
 STORE_KEY = b"store"

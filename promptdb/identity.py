@@ -28,6 +28,7 @@ from blake3 import blake3
 from promptdb.code_identity import class_id, code_id
 from promptdb.errors import IdentityError, InputTypeError
 from promptdb.hashing import FieldHasher
+from promptdb.placement import weight_of
 from promptdb.refusals import refuse_attention, refuse_hooks, refuse_patched
 
 if TYPE_CHECKING:
@@ -182,6 +183,7 @@ class Walk:
             for key in sorted(tensors):
                 tensor = tensors[key]
                 if tensor is not None:
+                    tensor = weight_of(f"{where}.{key}", module, key, tensor)
                     self._hash.field(kind, key).field("content", self._tensor(f"{where}.{key}", tensor))
         extra = cls.get_extra_state is not self._torch.nn.Module.get_extra_state
         if own_state or extra:

@@ -1,4 +1,4 @@
-"""Blobs made smaller without loss: bytes of equal significance together, then zstd. The only user of numpy, zstandard.
+"""Blobs made smaller without loss: bytes of equal significance together, then zstd. The only user of zstandard.
 
 The highest bytes of floating-point numbers (sign and exponent) take few values, the lowest are noise. Next to each
 other, as in a blob, they hide each other's pattern; apart, in planes, the high ones shrink by more than half. What

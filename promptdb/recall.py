@@ -10,9 +10,10 @@ from promptdb.activations import Series, Shard, read_entry
 from promptdb.commits import check_packed
 from promptdb.errors import InputTypeError, NotRecordedError
 from promptdb.format import ACTIVATIONS, CHECKSUM_BYTES, NODES, ROOTS, NodeRecord, unpack_root
-from promptdb.hook_points import POINTS
+from promptdb.hook_points import POINTS, canonical_name
 from promptdb.keys import DIGEST_BYTES, Root, num_tokens
 from promptdb.ledger import with_ledger
+from promptdb.norms import Norms, norms_of
 from promptdb.recordings import RecordedRows, RecordReport, put_recordings
 from promptdb.rows import checked_point, only_series, positions_of, rows_of
 from promptdb.tokens import Encoder, as_prompt
@@ -123,6 +124,46 @@ class Recall:
             snapshot = self._snapshot(reader)
             match = snapshot.match(root, packed)
             return rows_of(snapshot, match, wanted, positions)
+
+    def activation_norms(
+        self,
+        prompt: Any,
+        point: str,
+        layers: Iterable[int] | None = None,
+        *,
+        dtype: str | None = None,
+        model: str | None = None,
+        tokenizer: str | None = None,
+        namespace: str = "",
+        intervention: str = "",
+    ) -> Norms:
+        """Return the Euclidean norm of each recorded row of a prompt at a point, by layer; NaN where there is none.
+
+        Parameters
+        ----------
+        layers : which; by default all that are recorded.
+        prompt, point, dtype, model, tokenizer, namespace, intervention : as for :meth:`activations`.
+
+        Raises
+        ------
+        NotRecordedError
+            Nothing is recorded of the point, or of one of ``layers``, for this prompt.
+        InputTypeError, CorruptDataError
+            As :meth:`activations`.
+
+        Notes
+        -----
+        Reads every row. Imports numpy, not torch.
+        """
+        name, named = canonical_name(point)
+        if layers is None and named is not None:
+            layers = [named]
+        root = self._root_for(model, tokenizer, namespace, intervention)
+        packed = prompt if isinstance(prompt, bytes) else self._packed(prompt, root)
+        check_packed(packed)
+        with self._index.read() as reader:
+            snapshot = self._snapshot(reader)
+            return norms_of(snapshot, snapshot.match(root, packed), name, layers, dtype)
 
     def _root_for(self, model: str | None, tokenizer: str | None, namespace: str, intervention: str) -> Root:
         if model is not None and tokenizer is not None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from promptdb.code_identity import LIBRARIES
 from promptdb.errors import IdentityError
+from promptdb.placement import moves_only
 
 if TYPE_CHECKING:
     import torch
@@ -60,8 +61,7 @@ def refuse_patched(where: str, module: torch.nn.Module) -> None:
     # A patch that was taken back by assignment leaves the module's own method behind.
     if forward is not None and forward != types.MethodType(type(module).forward, module):
         hook, old = attributes.get("_hf_hook"), attributes.get("_old_forward")
-        moved = type(hook).__module__.split(".")[0] == "accelerate"  # AlignDevicesHook: moves tensors, no more
-        if not (moved and getattr(old, "__func__", None) is type(module).forward):
+        if not (moves_only(hook) and getattr(old, "__func__", None) is type(module).forward):
             raise IdentityError(
                 f"{where}.forward is patched", "delete the attribute, or write a subclass: its source is identified"
             )

@@ -27,6 +27,7 @@ from promptdb.errors import (
 )
 from promptdb.keys import num_tokens
 from promptdb.masks import Masks
+from promptdb.placement import device_of
 from promptdb.scores import TokenScores
 
 # Positions computed in one pass. Longer suffixes are cut: logits of a pass take vocabulary x 4 bytes a position.
@@ -140,9 +141,9 @@ class Runner:
 
     @property
     def device(self) -> torch.device:
-        """Where the model's weights are."""
-        device: torch.device = self.model.get_input_embeddings().weight.device
-        return device
+        """Where the model computes."""
+        embeddings = self.model.get_input_embeddings()
+        return device_of(embeddings, embeddings.weight)
 
     @property
     def attention(self) -> str:
@@ -173,12 +174,16 @@ class Runner:
 
     def check_placement(self) -> None:
         """Raise if the model is spread over several devices, or not in memory. Costs microseconds per parameter."""
-        parameters = (parameter for module in self._modules for parameter in module._parameters.values())
-        devices = {parameter.device for parameter in parameters if parameter is not None}
+        devices = {
+            device_of(module, parameter) if parameter.is_meta else parameter.device
+            for module in self._modules
+            for parameter in module._parameters.values()
+            if parameter is not None
+        }
         if len(devices) != 1 or next(iter(devices)).type == "meta":
             raise ModelPlacementError(
                 f"the model's weights are on {', '.join(sorted(map(str, devices))) or 'no device'}",
-                "load it on one device: without device_map, or with device_map={'': 0}",
+                "load it on one device: without device_map, or with device_map={'': 0}; a larger model: offload()",
             )
 
     def check_prompt(self, packed: bytes) -> None:

@@ -1,29 +1,38 @@
-"""Recorded activations as files that other programs read: safetensors shards, and a manifest."""
+"""Recorded activations as files that other programs read: safetensors, Parquet or Zarr, and a manifest."""
 
 from __future__ import annotations
 
 import json
 import os
-from array import array
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, NamedTuple
 
-from blake3 import blake3
-
-from promptdb.activations import Entry, Series, entry_of
-from promptdb.blobs import TensorSpec, plan_blob
-from promptdb.errors import NotRecordedError, StoreError
-from promptdb.keys import Root, pack_tokens, unpack_tokens
+from promptdb import shards_parquet, shards_safetensors, shards_zarr
+from promptdb.activations import Series
+from promptdb.errors import InputTypeError, StoreError
+from promptdb.keys import Root
+from promptdb.shard_rows import Source, Written
 from promptdb.version import __version__
 
 if TYPE_CHECKING:
     from promptdb.db import PromptDB
-    from promptdb.format import NodeRecord
-    from promptdb.snapshot import Snapshot
 
 MANIFEST = "manifest.json"
+
+
+class _Format(NamedTuple):
+    write: Callable[[Source, Path, int], Written]
+    shard_bytes: int
+
+
+_FORMATS = {
+    "safetensors": _Format(shards_safetensors.write_safetensors, shards_safetensors.DEFAULT_SHARD_BYTES),
+    "parquet": _Format(shards_parquet.write_parquet, shards_parquet.DEFAULT_SHARD_BYTES),
+    "zarr": _Format(shards_zarr.write_zarr, shards_zarr.DEFAULT_SHARD_BYTES),
+}
+FORMATS = tuple(_FORMATS)
 
 
 @dataclass(frozen=True)
@@ -42,16 +51,19 @@ def export_activations(
     series: Series,
     nodes: Sequence[bytes],
     *,
-    shard_bytes: int = 256 << 20,
+    file_format: str = "safetensors",
+    shard_bytes: int | None = None,
 ) -> ExportReport:
-    """Write rows of spans to ``rows-00000.safetensors`` and so on, then ``manifest.json``.
+    """Write rows of spans to files in a directory, then ``manifest.json``.
 
     Parameters
     ----------
     directory : created; must not hold a manifest.
-    root, series : identity and series of the rows.
-    nodes : spans, in the order in which they are written.
-    shard_bytes : a file holds whole spans, and at least one.
+    root, series, nodes : identity and series of the rows, and spans in the order in which they are written:
+        :meth:`PromptDB.recorded_spans` gives all three.
+    file_format : ``"safetensors"``, ``"parquet"`` or ``"zarr"``: see :func:`write_safetensors`, :func:`write_parquet`,
+        :func:`write_zarr` in the modules of that name. The latter two write bfloat16 as float32, exactly.
+    shard_bytes : how many bytes of rows a file may hold, before compression; 256 MiB unless given, 16 MiB of Zarr.
 
     Returns
     -------
@@ -63,32 +75,31 @@ def export_activations(
         A span's rows are not stored any more.
     StoreError
         The directory holds an export, or cannot be written.
+    MissingLibraryError
+        The library for the format is not installed.
     CorruptDataError
         An entry does not hold.
 
     Notes
     -----
-    A file has ``rows`` ``[m, ...]``, ``token_ids`` and ``positions`` (U32 ``[m]``): each row's token and place in its
-    prompt. The manifest comes last: a directory without one is not complete. One copy, from the memory map into the
-    file; no torch.
+    The manifest comes last: a directory without one is not complete. Memory: some 16 MiB of rows. No torch.
     """
     target = Path(directory)
+    if file_format not in _FORMATS:
+        raise InputTypeError(f"file_format is {file_format!r}", f"choose one of {', '.join(FORMATS)}")
+    chosen = _FORMATS[file_format]
+    source = Source(db, root, series, nodes)
     try:
         target.mkdir(parents=True, exist_ok=True)
         if (target / MANIFEST).exists():
             raise StoreError(f"{target} holds an export already", "choose another directory")
-        files = []
-        for number, shard in enumerate(_cut(db, series, nodes, shard_bytes)):
-            files.append(_write_shard(db, target / f"rows-{number:05}.safetensors", root, series, shard))
+        rows, files = chosen.write(source, target, shard_bytes or chosen.shard_bytes)
         manifest = {
             "promptdb": __version__,
-            "point": series.point,
-            "layer": series.layer,
-            "dtype": series.dtype,
-            "row_shape": files[0]["row_shape"] if files else [],
-            "num_rows": sum(each["num_rows"] for each in files),
-            **asdict(root),
-            "files": [{name: each[name] for name in ("name", "num_rows", "size_bytes", "blake3")} for each in files],
+            "format": file_format,
+            **source.describe(),
+            "num_rows": rows,
+            "files": [{name: value for name, value in each._asdict().items() if value is not None} for each in files],
         }
         part = target / (MANIFEST + ".part")
         part.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
@@ -99,71 +110,4 @@ def export_activations(
         raise StoreError(
             f"{target} cannot be written: {error.strerror}", "check the disk and its permissions"
         ) from error
-    return ExportReport(manifest["num_rows"], len(files), sum(each["size_bytes"] for each in files))
-
-
-def _cut(db: PromptDB, series: Series, nodes: Sequence[bytes], shard_bytes: int) -> Iterator[list[bytes]]:
-    shard: list[bytes] = []
-    size_bytes = 0
-    for node in nodes:
-        with db.read() as snapshot:
-            entry, _ = _entry(snapshot, node, series)
-            added = entry.num_rows * (entry.row_bytes + 8)
-        if shard and size_bytes + added > shard_bytes:
-            yield shard
-            shard, size_bytes = [], 0
-        shard.append(node)
-        size_bytes += added
-    if shard:
-        yield shard
-
-
-def _entry(snapshot: Snapshot, node: bytes, series: Series) -> tuple[Entry, NodeRecord]:
-    record = snapshot.record(node)
-    entry = None if record is None else entry_of(snapshot, node, series, record.num_tokens)
-    if entry is None or record is None:
-        raise NotRecordedError(f"{series} of span {node[:8].hex()} is not stored any more", "export again")
-    return entry, record
-
-
-def _write_shard(db: PromptDB, path: Path, root: Root, series: Series, nodes: Sequence[bytes]) -> dict[str, Any]:
-    part = path.with_suffix(".part")
-    with db.read() as snapshot, part.open("wb") as stream:
-        found = [_entry(snapshot, node, series) for node in nodes]
-        count = sum(entry.num_rows for entry, _ in found)
-        row_shape = found[0][0].rows.shape[1:]
-        specs = [
-            TensorSpec("rows", series.dtype, (count, *row_shape)),
-            TensorSpec("token_ids", "U32", (count,)),
-            TensorSpec("positions", "U32", (count,)),
-        ]
-        plan = plan_blob(specs, {"point": series.point, "weights_id": root.weights_id})
-        out = _Hashed(stream)
-        out.write(plan.header)
-        token_ids, positions = array("I"), array("I")
-        for entry, record in found:
-            if entry.rows.shape[1:] != row_shape:
-                raise StoreError(f"rows of {series} have several shapes", "record them again")
-            out.write(entry.rows.data)
-            own = unpack_tokens(record.span)
-            token_ids.extend(own[offset] for offset in entry.tokens())
-            positions.extend(record.start + offset for offset in entry.tokens())
-        out.write(pack_tokens(token_ids))
-        out.write(pack_tokens(positions))
-        stream.flush()
-        os.fsync(stream.fileno())
-    part.replace(path)
-    return {
-        "name": path.name, "num_rows": count, "row_shape": list(row_shape), "size_bytes": out.size_bytes,
-        "blake3": out.hasher.hexdigest(),
-    }  # fmt: skip
-
-
-class _Hashed:
-    def __init__(self, stream: BinaryIO) -> None:
-        self._stream, self.hasher, self.size_bytes = stream, blake3(), 0
-
-    def write(self, data: bytes | memoryview) -> None:
-        self._stream.write(data)
-        self.hasher.update(data)
-        self.size_bytes += len(data)
+    return ExportReport(rows, len(files), sum(each.size_bytes for each in files))

@@ -6,10 +6,12 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass
 
 from promptdb.activations import Series, entry_of
+from promptdb.artifact_records import damaged, problems_of
 from promptdb.audit import Audit, unsound_settings
 from promptdb.errors import CorruptDataError
 from promptdb.format import (
     ACTIVATIONS,
+    ARTIFACTS,
     BLOBS,
     CHECKPOINTS,
     CHILDREN,
@@ -138,6 +140,8 @@ def verify(reader: Reader) -> list[Problem]:
             report(ROOTS, digest, f"totals are {stored}, counted {dict(counted)}")
     for digest in totals:
         report(ROOTS, digest, "missing")
+    for key, what in problems_of(reader):
+        report(ARTIFACTS, key, what)
     for table in (META, MODELS, TOKENIZERS, CHECKPOINTS):
         for key, value in reader.scan(table):
             try:
@@ -207,6 +211,7 @@ def repair(writer: Writer, *, read_blobs: bool) -> int:
                 unpack_record(key, value)
             except CorruptDataError:
                 records.append((table, key))
+    records += [(ARTIFACTS, key) for key in damaged(writer)]
     records += unsound_settings(writer)
     records += [(NODES, node) for node in doomed] + [(LOGITS, digest) for digest in logits]
     records += [(BLOBS, key) for key in writer.keys(BLOBS) if key not in blob_keys]

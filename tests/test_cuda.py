@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from conftest import TEXT, shared_tokenizer
@@ -10,6 +12,7 @@ from promptdb import Engine, PromptDB
 from promptdb.batch import BatchLimits
 from promptdb.demo_models import random_model
 from promptdb.identity import weights_id
+from promptdb.offloading import offload
 
 pytestmark = [
     pytest.mark.cuda,
@@ -106,3 +109,20 @@ def test_a_batch_equals_one_by_one(arch, way, db):
             plain = model(torch.tensor([prompts[-1]], device="cuda"), use_cache=True).past_key_values
         for one, other in zip(cache.layers, plain.layers, strict=True):
             torch.testing.assert_close(one.keys, other.keys, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("where", ["memory", "files"])
+def test_an_offloaded_model_finds_what_the_plain_one_stored(where, db, tmp_path):
+    plain, tokenizer = random_model("llama"), shared_tokenizer()
+    model = offload(copy.deepcopy(plain), "cuda", folder=None if where == "memory" else tmp_path / "weights")
+    assert weights_id(model) == weights_id(plain)
+    token_ids = tokenizer(TEXT).input_ids
+    with Engine(db, plain, tokenizer) as engine:
+        engine.get(token_ids[:40])
+    with Engine(db, model, tokenizer) as engine:
+        got = engine.get(token_ids)
+        assert got.tokens_loaded == 40
+        assert got.logits.is_cuda
+    with torch.no_grad():
+        torch.testing.assert_close(got.logits.cpu(), plain(torch.tensor([token_ids])).logits[0, -1], rtol=0, atol=1e-4)
+    assert all(parameter.is_meta for parameter in model.parameters())
