@@ -65,14 +65,23 @@ def slow_share(spectrum: Spectrum) -> float:
     return float(power[frequencies <= 1 / 16].sum() / power.sum())
 
 
+def smooth(spectrum: Spectrum, num_bands: int = 24) -> Spectrum:
+    """Return the means over bands that are equally wide in octaves; those without a frequency are left out."""
+    frequencies, power = spectrum
+    edges = torch.logspace(float(frequencies[0].log2()), -1, num_bands, base=2)
+    bands = torch.bucketize(frequencies, edges)
+    members = [bands == band for band in bands.unique()]
+    return tuple(torch.stack([each[chosen].mean() for chosen in members]) for each in (frequencies, power))
+
+
 def plot(path: Path, texts: dict[Where, Spectrum], controls: dict[Where, Spectrum]) -> None:
     """Draw a line for each layer, and a dashed one for the same tokens in random order."""
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     colours = matplotlib.colormaps["viridis"](torch.linspace(0, 0.9, len(texts)).numpy())
     for where, colour in zip(texts, colours, strict=True):
-        axes.plot(*texts[where], color=colour, label=name(where))
-        axes.plot(*controls[where], color=colour, linestyle="--", linewidth=0.8)
+        axes.plot(*smooth(texts[where]), color=colour, label=name(where))
+        axes.plot(*smooth(controls[where]), color=colour, linestyle="--", linewidth=0.8)
     axes.plot([], [], color="grey", linestyle="--", linewidth=0.8, label="tokens shuffled")
     axes.set(xscale="log", yscale="log", xlabel="frequency (cycles per token)", ylabel="power (white noise: 1)")
     axes.legend(fontsize="small")
