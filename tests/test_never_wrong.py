@@ -89,8 +89,9 @@ class TestSlab:
             copied = slab.copy(memoryview(bytes([number]) * size))
             if keep:
                 copies.append((number, size, copied))
-        slab = copied = None  # noqa: F841
-        memoryview(pool.lease(lease_bytes)).cast("B")[:] = b"\xff" * lease_bytes  # who comes next writes over what is free
+        slab = copied = None
+        # Who comes next writes over what is free.
+        memoryview(pool.lease(lease_bytes)).cast("B")[:] = b"\xff" * lease_bytes
         for number, size, copied in copies:
             assert bytes(copied) == bytes([number]) * size
             copied[:] = b"\xee" * size  # and what one changes, no other sees
