@@ -92,7 +92,9 @@ def draw(plot: Plot, data: Mapping[str, Any], path: str | os.PathLike[str]) -> N
         try:
             figure.savefig(target)
         except OSError as error:
-            raise StoreError(f"{target} cannot be written: {error.strerror}", "choose another place") from error
+            raise StoreError(
+                f"{target} cannot be written: {error.strerror or error}", "choose another place"
+            ) from error
 
 
 def _size(plot: Plot, data: Mapping[str, Any]) -> tuple[float, float]:

@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from promptdb.snapshot import Snapshot
 
 
+WIDENED = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "float32"}
+"""What rows are in files that know no bfloat16, by dtype: names that arrow and numpy share."""
+
+
 class SpanRows(NamedTuple):
     """Rows of one span, with the token and the position in its prompt of each.
 

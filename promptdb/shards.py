@@ -13,7 +13,7 @@ from promptdb import shards_parquet, shards_safetensors, shards_zarr
 from promptdb.activations import Series
 from promptdb.errors import InputTypeError, StoreError
 from promptdb.keys import Root
-from promptdb.shard_rows import Source, Written
+from promptdb.shard_rows import WIDENED, Source, Written
 from promptdb.version import __version__
 
 if TYPE_CHECKING:
@@ -87,6 +87,8 @@ def export_activations(
     target = Path(directory)
     if file_format not in _FORMATS:
         raise InputTypeError(f"file_format is {file_format!r}", f"choose one of {', '.join(FORMATS)}")
+    if file_format != "safetensors" and series.dtype not in WIDENED:
+        raise StoreError(f"rows of {series.dtype} cannot be written as {file_format}", "choose safetensors")
     chosen = _FORMATS[file_format]
     source = Source(db, root, series, nodes)
     try:
@@ -108,6 +110,6 @@ def export_activations(
         if isinstance(error, StoreError):
             raise
         raise StoreError(
-            f"{target} cannot be written: {error.strerror}", "check the disk and its permissions"
+            f"{target} cannot be written: {error.strerror or error}", "check the disk and its permissions"
         ) from error
     return ExportReport(rows, len(files), sum(each.size_bytes for each in files))

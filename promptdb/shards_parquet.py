@@ -10,13 +10,11 @@ from typing import Any
 
 from promptdb.blobs import DTYPE_BYTES
 from promptdb.errors import MissingLibraryError
-from promptdb.shard_rows import ShardFile, Source, SpanRows, Written, finished, widened
+from promptdb.shard_rows import WIDENED, ShardFile, Source, SpanRows, Written, finished, widened
 
 DEFAULT_SHARD_BYTES = 256 << 20
 _GROUP_BYTES = 16 << 20
 """Rows that are in memory at once, and then in one row group."""
-
-_ARROW_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "float32"}
 
 
 def _pyarrow() -> Any:
@@ -64,7 +62,7 @@ def write_parquet(source: Source, target: Path, shard_bytes: int) -> Written:
 
 
 def _number(pa: Any, source: Source) -> Any:
-    return getattr(pa, _ARROW_NAMES[source.series.dtype])()
+    return getattr(pa, WIDENED[source.series.dtype])()
 
 
 class _File:

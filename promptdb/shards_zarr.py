@@ -10,13 +10,12 @@ from typing import Any
 
 from promptdb.blobs import DTYPE_BYTES
 from promptdb.errors import MissingLibraryError, StoreError
-from promptdb.shard_rows import Source, Written, finished, widened
+from promptdb.shard_rows import WIDENED, Source, Written, finished, widened
 
 DEFAULT_SHARD_BYTES = 16 << 20
 """Of a chunk, which is a file of its own."""
 GROUP = "activations.zarr"
 
-_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "float32"}
 _NODE_BYTES = 32
 
 
@@ -41,7 +40,7 @@ def write_zarr(source: Source, target: Path, shard_bytes: int) -> Written:
         raise StoreError(f"{target / GROUP} is there already", "choose another directory, or remove it")
     described = source.describe()
     row_shape = tuple(described["row_shape"])
-    dtype = _NAMES[source.series.dtype]
+    dtype = WIDENED[source.series.dtype]
     row_bytes = prod(row_shape) * DTYPE_BYTES[source.series.dtype]
     chunk = max(1, shard_bytes // max(1, row_bytes))
     group = _zarr().create_group(target / GROUP, attributes={"promptdb": described})

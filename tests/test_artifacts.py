@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import math
 import os
 import random
@@ -277,6 +278,40 @@ def test_records_that_cannot_be_are_damage(db, change):
     assert db.verify()
     db.verify(fix=True)
     assert db.artifacts.list() == []
+
+
+# As the first version of promptdb that had artifacts wrote them; never to be changed.
+OLD_RECORD = (
+    "XtyRS5oRWQ9N63{hgdhrillB~ZDprtZ){{Q!>O)ga%Ew3Wn^D<ZfSU5bIU>5RQx~y0063Ea%Ew3Wn^Dsd9HABZ*6dNWMUvNE-@}JrekkzW@%"
+    "@(dm?OdB03;2E-@@1B5oo&AZ~SRY<;9~Y;SbDdm?LTZe$`lAR=sOZe=1YAR>7pIv`sjcp_bWrEYI@Wpku%Z**m&Yh`($r(<tyb!~2Ql#-!tr"
+    "fzj@Vr6oYp?Iclb!}p0a+0B9rfzj@Vr6oYp>(8lWq5R_bY*UHZ*p^yp>3pMY;R(c%>k&y5ZD?)evnI(rHStnNKFPAr~"
+)
+OLD_BLOB = (
+    "XaN8K00000dm?l$Z6Z2*B4l)VaAhJoB0@$nHX<w{b7*03Wg<FTF)T7&EFxrKbYWj_W@d9`baNs)TQDp%U41MfV=gcvI(s5yba`-PB03^THZ&"
+    "qEB6DbAaAhJoTQXfNB4lB7VP9`%W^-k9b0RuhG%PYOU41MfV=gfwI(s5yba`-PB03^QHZ&qEB6DbAaAhJoTQXfNB4lB7VP9`%W^-k9b0RuhG"
+    "B7MNHeG!zB4aKxB075_WOR9OWg<EvLQhXjA}k_vXkl<=B05_#T`VGGVRT_%Z)Rq5Wpr~QI$JX~EHgM=eJmnlE;AxJdm?0Xd2nSSIwDm#A}k_"
+    "vXkl<=B05_#T`VGGVRT_%Z)Rq5Wpr~QI$JY1EHp4(eJmnlE;BA=Ze(*JI(s5yba`-PB03^THZ&qEB6DbAaAhJoTQXfNB4lB7VP9`%W^-k9b0"
+    "RuhG%zeRHeG#vARr(hARr(hARr(hz&`-M0RR9100000|NsC0|NsC000000007`W00000008iR0RY3P0ssI2000000ssI200000"
+)
+
+
+def test_bytes_of_the_first_version_are_read():
+    name = "gold/é"
+    with PromptDB.in_memory() as db:
+
+        def put(writer):
+            writer.put(ARTIFACTS, b"r" + name.encode(), base64.b85decode(OLD_RECORD))
+            writer.put(ARTIFACTS, b"b" + name.encode(), base64.b85decode(OLD_BLOB))
+
+        db._index.transact(put)
+        assert db.verify() == []
+        found = db.artifacts.load(name)
+        assert found.tensors["m"].tolist() == [[1.5, -2.0]]
+        assert found.tensors["m"].dtype == torch.bfloat16
+        assert found.columns == {"n": [1, -1], "x": [0.5, math.inf], "b": [True, False], "t": ["é", ""]}
+        assert (found.config, found.notes) == ({"lr": 0.1, "n": None}, "note")
+        assert found.plot.as_fields() == {"kind": "line", "y": ["x"]}
+        assert (found.record.created_unix_s, found.record.created_by) == (1.7e9, "promptdb 0.1.0")
 
 
 def put_prompt(db, first):

@@ -192,3 +192,15 @@ def test_what_cannot_be_drawn_says_why(recorded, tmp_path, monkeypatch, argument
     result = run("activations", "plot", *arguments, "--db", recorded[0], TEXT, code=code)
     assert reason in result.stderr
     assert not list(tmp_path.glob("x.*"))
+
+
+def test_exports_in_other_formats(recorded, tmp_path):
+    path, _ = recorded
+    where = ("--point", "post-mlp", "--layer", "5", "--db", path)
+    for file_format, name in (("parquet", "rows-00000.parquet"), ("zarr", "activations.zarr")):
+        out = tmp_path / file_format
+        report = run_json("activations", "export", out, *where, "--format", file_format, "--shard", "1MB")
+        assert (out / name).exists()
+        assert json.loads((out / "manifest.json").read_text())["num_rows"] == report["num_rows"] > 10
+        assert "holds an export already" in run("activations", "export", out, *where, code=2).stderr
+    assert "csv" in run("activations", "export", tmp_path / "c", *where, "--format", "csv", code=2).stderr

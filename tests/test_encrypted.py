@@ -117,6 +117,7 @@ def fill(db):
     node = db.lookup(PROMPT, model=ROOT.weights_id, tokenizer=ROOT.tokenizer_id).steps[0].node
     rows = build_blob([(TensorSpec("rows", "F32", (1, 2)), float_bytes(PROMPT[0]) * 2)])
     db.put_activations([RecordedRows(node, Series("post-mlp", 0, "F32"), bytearray(16) + rows)])
+    db.artifacts.save("a secret result", columns={"a secret column": [1, 2]}, notes="a secret note")
     db.set_ttl(1e9, namespace=TENANT.namespace)
     db.pin(ROOT, BRANCH, name="a secret pin")
     db.tag("a secret tag", ROOT, PROMPT)
@@ -161,6 +162,7 @@ def test_everything_is_there_again(path, readonly):
             assert db.find_node(node.hex()) == db.find_node(node.hex()[:9]) == node
             assert record.provenance == {"torch": "a secret version"}
         assert [label.name for label in db.pins()] == ["a secret pin"]
+        assert db.artifacts.load("a secret result").notes == "a secret note"
         assert len(db.tagged("a secret tag")) == 3
         assert db.ttls() == {TENANT.namespace: 1e9}
         assert db.registry.models()[ROOT.weights_id]["name"] == "a secret model"

@@ -176,6 +176,17 @@ def test_an_export_that_did_not_end_has_no_manifest(db, tmp_path, file_format):
         export_activations(db, tmp_path / "out", root, series, nodes, file_format="csv")
 
 
+def test_places_and_dtypes_that_cannot_be_are_refused(db, tmp_path):
+    record(db)
+    root, series, nodes = db.recorded_spans("post-mlp", 1)
+    (tmp_path / "file").write_text("x")
+    for file_format in FORMATS:
+        with pytest.raises(StoreError, match="cannot be written"):
+            export_activations(db, tmp_path / "file", root, series, nodes, file_format=file_format)
+    with pytest.raises(StoreError, match="rows of I8 cannot be written as parquet"):
+        export_activations(db, tmp_path / "o", root, series._replace(dtype="I8"), nodes, file_format="parquet")
+
+
 def test_what_is_there_is_not_replaced(db, tmp_path):
     record(db)
     source = db.recorded_spans("post-mlp", 1)
