@@ -146,7 +146,7 @@ class Recorder:
             raise InputTypeError("nothing to record", "give at least one point and one layer")
         if not engine.is_causal and any(map(_is_pairwise, self.points)):
             raise UnsupportedModelError(
-                "rows of scores and probabilities end at their own token, and under hooks that are not causal they go on",
+                "rows of scores end at their own token; under hooks that are not causal they would go on",
                 "read them with a HookedModel",
             )
 
