@@ -282,6 +282,7 @@ class Engine:
                     # Another thread may have computed it while this one waited.
                     known = match if computed == self._num_computed and not match.is_complete else None
                     found = self._compute(known, asked, began, keep_all=keep_all, store=store)
+        shared = min(shared, found.tokens_loaded)
         if shared:
             found = replace(
                 found, tokens_loaded=found.tokens_loaded - shared, tokens_computed=found.tokens_computed + shared
@@ -292,7 +293,7 @@ class Engine:
                 num_prompts=1,
                 num_complete=int(not found.tokens_computed),
                 tokens_loaded=found.tokens_loaded,
-                tokens_computed=found.tokens_computed,
+                tokens_computed=found.tokens_computed - shared,  # which the plain engine counts
                 load_s=found.lookup_s + found.load_s,
                 compute_s=found.compute_s,
             ),
