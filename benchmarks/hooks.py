@@ -1,13 +1,14 @@
 """Recording POST_MLP of all layers of a GPT-2 (124M), 512 tokens: against a bare forward pass and other ways to record.
 
 Run: ``python benchmarks/hooks.py [--dir DIR] [--size gpt2] [--tokens N] [--rounds N]``. All take turns, round by round.
-TransformerLens and nnsight take part where they are installed. What is timed is compared with the model's own
+TransformerLens (4) and nnsight take part where they are installed. What is timed is compared with the model's own
 ``output_hidden_states`` first.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import importlib
 import os
 import shutil
@@ -136,7 +137,7 @@ def run(directory: Path, options: argparse.Namespace) -> tuple[list[Row], dict[s
         assert all(torch.allclose(first.tensor(POINT, n), kept[n][0], atol=1e-4) for n in range(layers))
         works: dict[str, Callable[[], object]] = {
             "bare": bare, "plain_hooks": plain_hooks, "file": file, "in_memory": in_memory, "cold": cold,
-            "several": several, "stored": stored, "after_hit": after_hit, **others(model, ids),
+            "several": several, "stored": stored, "after_hit": after_hit, **others(model, ids, directory),
         }  # fmt: skip
         times = take_turns(options.rounds, works)
         rows += [
@@ -218,39 +219,50 @@ def streaming(directory: Path, db: PromptDB, recorder: Recorder, ids: torch.Tens
     return [row(name, times["ours"], "raw safetensors shards", times["raw"], "", speed=True)]
 
 
-def others(model: Any, ids: torch.Tensor) -> dict[str, Callable[[], object]]:
-    """Return the other libraries' ways, of those that are installed and take this model."""
+def others(model: Any, ids: torch.Tensor, directory: Path) -> dict[str, Callable[[], object]]:
+    """Return the other libraries' ways, of those that are installed and take this model. Each has to give its rows."""
+    states = model(ids, output_hidden_states=True).hidden_states
     found: dict[str, Callable[[], object]] = {}
-    try:
-        nnsight = importlib.import_module("nnsight")
-        wrapped = nnsight.NNsight(model)
-
-        def traced() -> object:
-            with wrapped.trace(ids):
-                return [block.output.save() for block in wrapped.transformer.h]
-
-        traced()
-        found["nnsight"] = traced
-    except Exception as error:  # noqa: BLE001 - whatever is missing there
-        print(f"nnsight does not take part: {type(error).__name__}: {error}")
-    try:
-        lens = importlib.import_module("transformer_lens")
-        config = model.config
-        other = lens.HookedTransformer(
-            lens.HookedTransformerConfig(
-                n_layers=config.n_layer, d_model=config.n_embd, n_ctx=config.n_positions, n_heads=config.n_head,
-                d_head=config.n_embd // config.n_head, d_vocab=config.vocab_size, act_fn="gelu_new",
-                normalization_type="LN",
-            )
-        )  # fmt: skip
-        other.eval()
-        wanted = lambda name: name.endswith("hook_resid_post")  # noqa: E731
-        found["transformer_lens"] = lambda: other.run_with_cache(ids, names_filter=wanted)
-        found["transformer_lens"]()
-    except Exception as error:  # noqa: BLE001
-        print(f"TransformerLens does not take part: {type(error).__name__}: {error}")
-        found.pop("transformer_lens", None)
+    for name, make in (("nnsight", nnsight_way), ("transformer_lens", lens_way)):
+        try:
+            way = make(model, ids, directory)
+            assert all(torch.allclose(rows, state, atol=1e-4) for rows, state in zip(way(), states[1:-1], strict=False))
+            found[name] = way
+        except Exception as error:  # noqa: BLE001 - whatever is missing there
+            print(f"{name} does not take part: {type(error).__name__}: {error}")
     return found
+
+
+def nnsight_way(model: Any, ids: torch.Tensor, directory: Path) -> Callable[[], list[torch.Tensor]]:
+    wrapped = importlib.import_module("nnsight").NNsight(model)
+
+    def traced() -> list[torch.Tensor]:
+        kept = []
+        with wrapped.trace(ids):
+            for block in wrapped.transformer.h:
+                kept.append(block.output.save())  # noqa: PERF401 - nnsight reads this code, and takes loops only
+        return kept
+
+    return traced
+
+
+def lens_way(model: Any, ids: torch.Tensor, directory: Path) -> Callable[[], list[torch.Tensor]]:
+    """A bridge around a copy of the model, as it changes what it is around. Its attention is always eager."""
+    bridge = importlib.import_module("transformer_lens.model_bridge").TransformerBridge
+    model.config.save_pretrained(directory / "config")
+    tokenizer = byte_tokenizer()
+    tokenizer.bos_token = None  # or it is loaded again, by its name
+    other = bridge.boot_transformers(
+        str(directory / "config"), hf_model=copy.deepcopy(model), tokenizer=tokenizer, device="cpu"
+    )
+    other.eval()
+    layers = model.config.num_hidden_layers
+
+    def cached() -> list[torch.Tensor]:
+        _, cache = other.run_with_cache(ids, names_filter=lambda name: name.endswith("hook_resid_post"))
+        return [cache[f"blocks.{layer}.hook_resid_post"] for layer in range(layers)]
+
+    return cached
 
 
 if __name__ == "__main__":

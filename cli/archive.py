@@ -112,9 +112,9 @@ def _print_export(report: ExportReport, file: str, as_json: bool) -> None:
         f"{'standard output' if file == PIPE else file}."
     ]
     if report.num_activations:
-        lines.append(f"{_entries(report.num_activations)} among them.")
+        lines.append(f"{entries(report.num_activations)} among them.")
     if report.num_damaged_entries:
-        lines.append(f"{_entries(report.num_damaged_entries, 'damaged ')} left out: `promptdb verify --fix`.")
+        lines.append(f"{entries(report.num_damaged_entries, 'damaged ')} left out: `promptdb verify --fix`.")
     if report.num_damaged:
         lines.append(
             f"{count(report.num_damaged, 'damaged span')} left out, with what stands on them: `promptdb verify --fix`."
@@ -123,7 +123,8 @@ def _print_export(report: ExportReport, file: str, as_json: bool) -> None:
         click.echo(line, err=file == PIPE)
 
 
-def _entries(number: int, kind: str = "") -> str:
+def entries(number: int, kind: str = "") -> str:
+    """Return ``2 entries of recorded activations``."""
     return f"{number:,} {kind}{'entry' if number == 1 else 'entries'} of recorded activations"
 
 
@@ -198,7 +199,7 @@ def _print_import(report: ImportReport, where: str) -> None:
     stored = f"{count(report.spans_stored, 'span')}, {count(report.tokens_stored, 'token')}"
     print_line(f"{where}: stored {stored}, {size(report.bytes_stored)}.")
     if report.activations_stored:
-        print_line(f"{_entries(report.activations_stored)} stored.")
+        print_line(f"{entries(report.activations_stored)} stored.")
     facts = (
         (report.spans_present, "span", "there already"),
         (report.spans_filtered, "span", "of other models or tokenizers left out"),
@@ -210,7 +211,7 @@ def _print_import(report: ImportReport, where: str) -> None:
         ),
     )
     if report.activations_dropped:
-        print_line(f"{_entries(report.activations_dropped)} left out, as their span is.")
+        print_line(f"{entries(report.activations_dropped)} left out, as their span is.")
     for number, noun, what in facts:
         if number:
             print_line(f"{count(number, noun)} {what}.")

@@ -14,7 +14,7 @@ from promptdb.db import PromptDB
 from promptdb.migrate import migrate as migrate_store
 from promptdb.opening import default_path
 
-from .archive import PIPE, file_size, opened, progress_bar
+from .archive import PIPE, entries, file_size, opened, progress_bar
 from .options import store_options
 from .output import count, print_fields, print_json, print_line, print_table, size
 from .texts import printable
@@ -129,6 +129,8 @@ def _check_file(path: str, as_json: bool) -> None:
             "logits": f"after {count(report.num_logits, 'position')}",
             "size": size(report.num_bytes),
         }
+        if report.num_activations:
+            fields["recorded"] = entries(report.num_activations)
         print_fields({**fields, **{f"model {key[:8]}": name or "?" for key, name in report.models.items()}})
         print_line(printable(broken) if broken else "Everything holds.")
     click.get_current_context().exit(1 if broken else 0)

@@ -256,8 +256,11 @@ class _Window:
                 healed = self._extender.loader.num_healed
                 try:
                     results = self._attempt(root, blindly=attempts == _ATTEMPTS - 1)
+                    shared = [min(extra, each.tokens_loaded) for each, extra in zip(results, shared, strict=True)]
                     results = [_with_computed(each, extra) for each, extra in zip(results, shared, strict=True)]
-                    engine.db.count_served(root.weights_id, _served(results))
+                    served = _served(results)
+                    served.tokens_computed -= sum(shared)  # which the plain engine counts
+                    engine.db.count_served(root.weights_id, served)
                     return results
                 except VanishedError:
                     # What was damaged is a miss from now on: there may be more of it.

@@ -44,6 +44,9 @@ class Collector:
 
     def _hook(self, name: str, layer: int | None) -> Hook:
         def keep(x: torch.Tensor, pctx: PrecomputeContext) -> None:
+            if self._one_cache and x.dim() > 2 and x.shape[0] != 1:
+                self.clear()  # rows of a batch: they are computed again, one prompt at a time
+                return
             if x.dim() < 2 or x.shape[0] != 1:
                 raise UnsupportedModelError(
                     f"{name} is {list(x.shape)}, not one row for each token of a prompt", "record another point"

@@ -238,15 +238,24 @@ class Deposit:
         self._num_spans = self._size_bytes = 0
         if self._db is None:
             return
+        with self._saying_what_is_stored():
+            if chains:
+                self._put_chains(self._db, chains)
+            self._put_recorded(self._db, recorded)
+
+    @contextmanager
+    def _saying_what_is_stored(self) -> Iterator[None]:
         try:
             with _store_at_fault():
-                puts = self._db.put_many([chain.request() for chain in chains]) if chains else []
-                self._put_recorded(self._db, recorded)
+                yield
         except PromptDBError as error:
             done = f"{self._report.spans_stored:,} spans are stored, and will be skipped when you import again"
             error.hint = f"{error.hint}; {done}" if error.hint else done
             raise
+
+    def _put_chains(self, db: PromptDB, chains: Sequence[_Chain]) -> None:
         report = self._report
+        puts = db.put_many([chain.request() for chain in chains])
         for chain, put in zip(chains, puts, strict=True):
             report.bytes_stored += put.num_bytes
             report.spans_stored += put.num_spans

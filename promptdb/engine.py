@@ -286,6 +286,7 @@ class Engine:
                     except BaseException:
                         self._extender.give_up()
                         raise
+        shared = min(shared, found.tokens_loaded)
         if shared:
             found = replace(
                 found, tokens_loaded=found.tokens_loaded - shared, tokens_computed=found.tokens_computed + shared
@@ -296,7 +297,7 @@ class Engine:
                 num_prompts=1,
                 num_complete=int(not found.tokens_computed),
                 tokens_loaded=found.tokens_loaded,
-                tokens_computed=found.tokens_computed,
+                tokens_computed=found.tokens_computed - shared,  # which the plain engine counts
                 load_s=found.lookup_s + found.load_s,
                 compute_s=found.compute_s,
             ),

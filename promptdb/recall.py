@@ -77,7 +77,8 @@ class Recall:
         dtype : ``"F32"``, ``"F16"``, ``"BF16"`` or ``"F64"``, where the same was recorded in several.
         model, tokenizer : weights ID and tokenizer ID, hex; may be left out where the store knows only one of them in
             the namespace.
-        namespace, intervention : the rest of the root.
+        namespace, intervention : the rest of the root. Of an intervention that is not causal,
+            :meth:`Intervention.id_for` of the prompt.
 
         Returns
         -------

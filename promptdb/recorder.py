@@ -146,7 +146,7 @@ class Recorder:
             raise InputTypeError("nothing to record", "give at least one point and one layer")
         if not engine.is_causal and any(map(_is_pairwise, self.points)):
             raise UnsupportedModelError(
-                "such rows end at their own token, and under hooks that are not causal they go on",
+                "rows of scores end at their own token; under hooks that are not causal they would go on",
                 "read them with a HookedModel",
             )
 
@@ -292,12 +292,8 @@ class _Work:
             runner.attach = before
 
     def limits(self) -> BatchLimits:
-        """Return how prompts are computed: in one sequence, or one after the other.
-
-        Not as rows of a batch, of which the collector makes nothing.
-        """
-        runner = self._engine._extender.runner
-        way = "packed" if "packed" in runner.exact_ways and runner.masks.can_build else "single"
+        """Return how prompts are computed: not as rows of a batch, of which the collector makes nothing."""
+        way = None if "packed" in self._engine._extender.runner.exact_ways else "single"
         return replace(BatchLimits.for_device(self._engine.device), way=way)
 
     def match(self, root: Root, packed: bytes) -> Match:

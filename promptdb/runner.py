@@ -147,8 +147,12 @@ class Runner:
 
     @property
     def attention(self) -> str:
-        """The model's attention implementation now."""
-        return str(getattr(self.model.config, "_attn_implementation", ""))
+        """The model's attention implementation now.
+
+        Waits for a pass of another thread, which may be under hooks that need another one meanwhile.
+        """
+        with _one_at_a_time(self.model):
+            return str(getattr(self.model.config, "_attn_implementation", ""))
 
     @property
     def exact_ways(self) -> frozenset[str]:

@@ -77,13 +77,29 @@ def test_record_list_and_export(checkpoint, prompts, store_path, tmp_path):
         (("--points", "post-mlp", "--layers", "7"), "the model has 2"),
         (("--points", "post-mlp", "--layers", "one"), "no number"),
         (("--points", ","), "nothing to record"),
-        (("--points", "attn-probs"), "as long as the text"),
+        (("--points", "unreduced-loss"), "token_logprobs"),
         (("--points", "post-mlp", "--as", "int8"), "cannot be stored"),
     ],
 )
 def test_wrong_points_are_refused(checkpoint, store_path, arguments, reason):
     result = run("record", "--model", checkpoint, "--db", store_path, *arguments, "Hello", code=2)
     assert reason in result.stderr
+
+
+def test_probabilities_are_recorded_listed_and_not_exported(checkpoint, store_path, tmp_path):
+    where = ("--model", checkpoint, "--db", store_path, "--points", "attn-probs,blocks.1.attn.hook_attn_scores")
+    (found,) = run_lines("record", *where, "--layers", "1", "Hello there")
+    assert found["points"] == [{"point": "attn-probs", "layer": 1}, {"point": "post-mask-attn-weights", "layer": 1}]
+    listed = run_json("activations", "ls", "--db", store_path)["activations"]
+    assert [(each["point"], each["row_shape"][1]) for each in listed] == [
+        ("post-mask-attn-weights", -1),
+        ("attn-probs", -1),
+    ]
+    with PromptDB(store_path, readonly=True) as db:
+        probs, scores = (db.activations("Hello there", name, 1) for name in ("attn-probs", "post-mask-attn-weights"))
+        assert torch.allclose(scores.softmax(-1), probs, atol=1e-6)
+    options = ("--point", "attn-probs", "--layer", "1", "--db", store_path)
+    assert "as long as the text" in run("activations", "export", tmp_path / "out", *options, code=2).stderr
 
 
 def test_nothing_recorded(checkpoint, store_path, tmp_path):

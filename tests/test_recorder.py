@@ -32,6 +32,7 @@ from promptdb.hook_points import HookVariableNames as N
 from promptdb.hooks import Hook, PrecomputeContext, hooked
 from promptdb.interventions import Intervention
 from promptdb.recorder import Recorder
+from promptdb.runner import Runner
 
 ARCHITECTURES = ("gpt2", "opt", "llama", "gemma2", "qwen3_moe")
 IDS = list(TEXT.encode()[:90])
@@ -524,7 +525,7 @@ def test_engines_on_one_model_in_several_threads_keep_out_of_each_others_passes(
     def work(engine, hooks):
         try:
             for prompt in prompts:
-                (found,) = Recorder(engine, N.POST_MLP, layers=1).run([prompt])
+                (found,) = Recorder(engine, [N.POST_MLP, N.ATTN_PROBS], layers=1).run([prompt])
                 logits = engine.get(prompt).logits
                 with lock, torch.no_grad():
                     rows = expected(clean, prompt, N.POST_MLP, 1, hooks)
@@ -551,6 +552,27 @@ def test_engines_on_one_model_in_several_threads_keep_out_of_each_others_passes(
         for engine in engines:
             engine.close()
         assert db.verify() == []
+
+
+def test_what_a_pass_under_hooks_changes_for_itself_is_not_seen_by_other_threads():
+    model = random_model("gpt2")
+    own = model.config._attn_implementation
+    runner, other = Runner(model), Runner(model)
+    entered, leave = threading.Event(), threading.Event()
+
+    def work():
+        with runner.alone():
+            model.config._attn_implementation = "eager"
+            entered.set()
+            leave.wait(10)
+            model.config._attn_implementation = own
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    entered.wait(10)
+    threading.Timer(0.1, leave.set).start()
+    assert other.provenance()["attention"] == own != "eager"
+    thread.join()
 
 
 # Many prompts at once
