@@ -236,9 +236,9 @@ class Engine:
             self._extender.storer.queue.raise_failures()
             computed = self._num_computed
             match = self._extender.match(self.root, asked.packed)
+            self._extender.runner.check_mode()
             if not match.is_complete and not keep_all and self._extender.pull(match.root, [asked], store=store):
                 match = self._extender.match(match.root, asked.packed)
-            self._extender.runner.check_mode()
             found = None if keep_all else self._hit(match, asked, began, store=store)
             if found is None:
                 with self._lock:
