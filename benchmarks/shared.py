@@ -113,7 +113,7 @@ def _row(what: str, ours_s: float, alternative: str, other_s: float) -> dict:
 
 def spans(url: str, client: redis.Redis, directory: Path, **options) -> list[dict]:
     """Whole spans of 4 MiB: read from one store, sent, fetched, checked, and committed to another."""
-    name = "signed " if options else ""
+    name = "signed " if "sign_with" in options else "sealed " if "key" in options else ""
     count = 16
     sizes = [4 * MIB + 2000] * count
     value = os.urandom(sizes[0])
@@ -164,7 +164,7 @@ def lookups(url: str, directory: Path) -> list[dict]:
         for total in (64, 800, 8000):
             want = Want(pack_tokens([*range(total - 1), 1 << 20]))
             before = tier.calls.counts.round_trips
-            find = tier.puller._find
+            find = tier.puller.find
             took = median(timed(lambda want=want, find=find: find(ROOT, [want], None), repeat=9, warmup=1))
             trips = (tier.calls.counts.round_trips - before) / 10
             assert trips <= 2
@@ -283,6 +283,7 @@ def main() -> None:
             rows = clients(url, client) + spans(url, client, directory)
             write_key(str(directory / "key.pem"))
             rows += spans(url, client, directory, sign_with=str(directory / "key.pem"))
+            rows += spans(url, client, directory, key=b"k" * 32)
             trips = lookups(url, directory)
             client.flushall()
             rows += sync(url, client, directory, arguments.sync_mib)

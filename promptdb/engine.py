@@ -268,9 +268,9 @@ class Engine:
             self._extender.storer.queue.raise_failures()
             computed = self._num_computed
             match = self._extender.match(self.root_of(asked.packed), asked.packed)
+            self._extender.runner.check_mode()
             if not match.is_complete and not keep_all and self._extender.pull(match.root, [asked], store=store):
                 match = self._extender.match(match.root, asked.packed)
-            self._extender.runner.check_mode()
             shared = 0
             if not match.is_complete and not keep_all:
                 (shared,) = self.share_untouched(match.root, [asked], store=store)

@@ -74,7 +74,8 @@ class Leases:
 
         Notes
         -----
-        Waits no longer than computing should take what others have, and no longer than they still have it.
+        Waits no longer than computing should take what others have, no longer than they still have it, and no longer
+        than ``lease_s``.
         """
         options, far = self._calls.options, self._calls.far
         if not far.has_leases or not options.lease_s or options.readonly or self._calls.pause_s():
@@ -92,7 +93,9 @@ class Leases:
         their_share = sum(segments[key] for key in theirs) / tokens
         began = monotonic()
         try:
-            return self._wait(root, wants, missing, began + min(max(theirs.values()), compute_s * their_share), ttl_s)
+            # Not longer than we would keep others waiting: who knows what they have written there.
+            wait_s = min(max(theirs.values()), compute_s * their_share, options.lease_s)
+            return self._wait(root, wants, missing, began + wait_s, ttl_s)
         finally:
             with self._lock:
                 self._calls.counts.waits += 1

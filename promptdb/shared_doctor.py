@@ -199,7 +199,7 @@ def _certificates(options: SharedOptions) -> Iterator[Finding]:
 def _certificate(where: str, days: float) -> Finding:
     if days < _FEW_DAYS:
         what = f"shared store: the certificate of {where} expires in {days:.1f} days"
-        return Finding(WARNING, what, "renew it on the server; then nobody can connect")
+        return Finding(WARNING, what, "renew it on the server: when it has ended, nobody can connect")
     return Finding(OK, f"shared store: the certificate of {where} holds for {days:,.0f} days")
 
 

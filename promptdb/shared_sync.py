@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from promptdb.archive import Selection
 from promptdb.errors import CorruptDataError, NodeNotFoundError
+from promptdb.far import check_not_sealed
 from promptdb.far_index import LOGITS_ENTRIES, Entry, span_key, value_key
 from promptdb.format import LIFE, LOGITS, NODES, NodeRecord
 from promptdb.keys import Root
@@ -185,6 +186,8 @@ def pull(
     counts = tier.calls.counts
     rejected, lost, before = counts.rejected, counts.lost, counts.tokens_fetched
     prompts: list[tuple[Root, Tagged]] = []
+    if not tier.options.key:
+        tier.calls.read(check_not_sealed)
     try:
         if tag is not None:
             prompts, items = tagged(tier, tag, wants)

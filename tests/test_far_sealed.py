@@ -241,4 +241,6 @@ def test_the_commands(tmp_path, monkeypatch):
     for key, reason in ((OTHER_KEY.hex(), "another key"), ("", "there is no key")):
         monkeypatch.setenv("PROMPTDB_SHARED_KEY", key)
         assert reason in run("shared", "status", "--db", tmp_path / "one", "--shared", url, code=1).stdout
+        for command in ("push", "pull", "sync"):
+            assert reason in run(command, "--db", tmp_path / "one", "--shared", url, code=2).output
         assert reason in run("doctor", "--db", tmp_path / "one", "--shared", url, code=2).stdout

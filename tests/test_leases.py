@@ -81,6 +81,18 @@ def test_a_lease_that_nobody_keeps_ends(machine, server):
     assert 0.3 < settle(three, PROMPT)[1] < 1.0
 
 
+def test_nobody_waits_longer_than_its_own_leases_last(machine, server):
+    """Whatever others, or whoever can write there, have said."""
+    one, two = machine("one", url=server.url), machine("two", url=server.url, lease_s=0.5)
+    settle(one, PROMPT)
+    for name in server.cli("keys", "promptdb:c/*").split():
+        server.cli("set", name, "somebody", "px", "86400000")
+    assert 0.3 < settle(two, PROMPT)[1] < 1.2
+    for name in server.cli("keys", "promptdb:c/*").split():
+        server.cli("set", name, "somebody")  # without an end
+    assert settle(two, PROMPT)[1] < 0.3
+
+
 def test_who_gives_up_says_so(machine, server):
     one, two = machine("one", url=server.url), machine("two", url=server.url)
     settle(one, PROMPT)

@@ -142,6 +142,26 @@ def test_a_far_side_that_dies_meanwhile(tmp_path, far, is_required):
     check(found, PROMPTS)
 
 
+@needs_redis()
+def test_a_store_that_is_closed_meanwhile(tmp_path, far):
+    """What is under way is given up: nothing hangs, nothing is raised that nobody waits for, and the store is sound."""
+    with proxy_to(far.port) as proxy:
+        db, engine = opened(tmp_path / "two", f"redis://127.0.0.1:{proxy.port}", lease_s=0)
+        with db, engine:
+            forget_rates(engine)
+            results = engine.run(PROMPTS, limits=LIMITS)
+            next(results)
+            proxy.delay_s = 0.2
+            for _ in range(5):  # the next window
+                next(results)
+            began = time.monotonic()
+        assert time.monotonic() - began < 10
+        results.close()
+        assert time.monotonic() - began < 15
+    with PromptDB(tmp_path / "two", shared="none") as db:
+        assert db.verify() == []
+
+
 def test_pairs_of_items():
     assert list(with_next(iter([]))) == []
     assert list(with_next(iter([[1], [2], [3]]))) == [([1], [2]), ([2], [3]), ([3], None)]
