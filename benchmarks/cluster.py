@@ -14,9 +14,11 @@ import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from common import median, percentile, report, timed
+from redis import ConnectionPool
+from redis.connection import PythonRespSerializer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
@@ -31,9 +33,10 @@ THREADS = 4
 
 
 class RedisPy:
-    """As ``promptdb.far_redis`` sets it up."""
+    """As it comes, with hiredis."""
 
     name = "redis-py"
+    own: ClassVar[dict[str, Any]] = {}
 
     def __init__(self, port: int) -> None:
         from redis.backoff import NoBackoff
@@ -41,7 +44,9 @@ class RedisPy:
         from redis.retry import Retry
 
         options = {"socket_timeout": 10, "socket_connect_timeout": 10, "retry": Retry(NoBackoff(), 0), "protocol": 2}
-        self._client = RedisCluster.from_url(f"redis://127.0.0.1:{port}", require_full_coverage=False, **options)
+        self._client = RedisCluster.from_url(
+            f"redis://127.0.0.1:{port}", require_full_coverage=False, **options, **self.own
+        )
 
     def batch(self, commands: list[tuple[Any, ...]]) -> list[Any]:
         with self._client.pipeline(transaction=False) as pipeline:
@@ -54,6 +59,19 @@ class RedisPy:
 
     def set(self, key: str, value: bytes) -> None:
         self._client.set(key, value)
+
+
+class Packing(ConnectionPool):
+    """Sends large values from where they are; a Cluster's client forwards no packer, but the class of its pools."""
+
+    def __init__(self, **options: Any) -> None:
+        packer = PythonRespSerializer(6000, lambda value: value if isinstance(value, bytes) else str(value).encode())
+        super().__init__(**options, command_packer=packer)
+
+
+class RedisPyPacking(RedisPy):
+    name = "redis-py, other packer"
+    own: ClassVar[dict[str, Any]] = {"connection_pool_class": Packing}
 
 
 class Glide:
@@ -119,7 +137,7 @@ def works(client: Any, values: list[bytes]) -> dict[str, Callable[[], Any]]:
 
 def measure(port: int, rounds: int = 5) -> list[dict]:
     values = [os.urandom(4 * MIB) for _ in range(NUM_VALUES)]
-    clients = [RedisPy(port), Glide(port), GlideIntoBuffers(port)]
+    clients = [RedisPy(port), RedisPyPacking(port), Glide(port), GlideIntoBuffers(port)]
     first = works(clients[0], values)
     entries = [("SET", f"bench:i/{number:04x}", b"e" * ENTRY) for number in range(NUM_KEYS)]
     clients[0].batch(entries)
