@@ -127,6 +127,7 @@ def works(client: Any, values: list[bytes]) -> dict[str, Callable[[], Any]]:
         f"heads of {NUM_KEYS:,} values": lambda: client.batch([("GETRANGE", key, 0, HEAD - 1) for key in keys]),
         f"get {NUM_KEYS:,} entries of 1.1 kB": lambda: client.batch([("GET", key) for key in keys]),
         "put 64 entries of 1.1 kB": lambda: client.batch([("SET", key, b"e" * ENTRY, "NX") for key in keys[:64]]),
+        "heads of 32 values": lambda: client.batch([("GETRANGE", key, 0, HEAD - 1) for key in keys[:32]]),
         "head of one value": lambda: client.batch([("GETRANGE", keys[0], 0, HEAD - 1)]),
         "put 4 MiB": lambda: client.set(large[0], values[0]),
         "get 4 MiB": lambda: client.get(large[0], len(values[0])),
