@@ -14,9 +14,11 @@ import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from common import median, percentile, report, timed
+from redis import ConnectionPool
+from redis.connection import PythonRespSerializer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
@@ -31,9 +33,10 @@ THREADS = 4
 
 
 class RedisPy:
-    """As ``promptdb.far_redis`` sets it up."""
+    """As it comes, with hiredis."""
 
     name = "redis-py"
+    own: ClassVar[dict[str, Any]] = {}
 
     def __init__(self, port: int) -> None:
         from redis.backoff import NoBackoff
@@ -41,7 +44,9 @@ class RedisPy:
         from redis.retry import Retry
 
         options = {"socket_timeout": 10, "socket_connect_timeout": 10, "retry": Retry(NoBackoff(), 0), "protocol": 2}
-        self._client = RedisCluster.from_url(f"redis://127.0.0.1:{port}", require_full_coverage=False, **options)
+        self._client = RedisCluster.from_url(
+            f"redis://127.0.0.1:{port}", require_full_coverage=False, **options, **self.own
+        )
 
     def batch(self, commands: list[tuple[Any, ...]]) -> list[Any]:
         with self._client.pipeline(transaction=False) as pipeline:
@@ -54,6 +59,19 @@ class RedisPy:
 
     def set(self, key: str, value: bytes) -> None:
         self._client.set(key, value)
+
+
+class Packing(ConnectionPool):
+    """Sends large values from where they are; a Cluster's client forwards no packer, but the class of its pools."""
+
+    def __init__(self, **options: Any) -> None:
+        packer = PythonRespSerializer(6000, lambda value: value if isinstance(value, bytes) else str(value).encode())
+        super().__init__(**options, command_packer=packer)
+
+
+class RedisPyPacking(RedisPy):
+    name = "redis-py, other packer"
+    own: ClassVar[dict[str, Any]] = {"connection_pool_class": Packing}
 
 
 class Glide:
@@ -109,6 +127,7 @@ def works(client: Any, values: list[bytes]) -> dict[str, Callable[[], Any]]:
         f"heads of {NUM_KEYS:,} values": lambda: client.batch([("GETRANGE", key, 0, HEAD - 1) for key in keys]),
         f"get {NUM_KEYS:,} entries of 1.1 kB": lambda: client.batch([("GET", key) for key in keys]),
         "put 64 entries of 1.1 kB": lambda: client.batch([("SET", key, b"e" * ENTRY, "NX") for key in keys[:64]]),
+        "heads of 32 values": lambda: client.batch([("GETRANGE", key, 0, HEAD - 1) for key in keys[:32]]),
         "head of one value": lambda: client.batch([("GETRANGE", keys[0], 0, HEAD - 1)]),
         "put 4 MiB": lambda: client.set(large[0], values[0]),
         "get 4 MiB": lambda: client.get(large[0], len(values[0])),
@@ -119,7 +138,7 @@ def works(client: Any, values: list[bytes]) -> dict[str, Callable[[], Any]]:
 
 def measure(port: int, rounds: int = 5) -> list[dict]:
     values = [os.urandom(4 * MIB) for _ in range(NUM_VALUES)]
-    clients = [RedisPy(port), Glide(port), GlideIntoBuffers(port)]
+    clients = [RedisPy(port), RedisPyPacking(port), Glide(port), GlideIntoBuffers(port)]
     first = works(clients[0], values)
     entries = [("SET", f"bench:i/{number:04x}", b"e" * ENTRY) for number in range(NUM_KEYS)]
     clients[0].batch(entries)

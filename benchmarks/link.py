@@ -4,12 +4,16 @@
 
 The model. Fetching n tokens of b bytes each takes
 
-    fetch(n) = base + 2 r + n b max(1 / link, 1 / take, r / window)
+    fetch(n) = base + 2 r + n b slow + min(n, 256) b fast
 
-with a round trip of r seconds for the index entries and one for the values, on connections that are open; ``link`` in
-bytes a second; ``base`` and ``take``, what this machine needs to begin, and to receive, check, store and commit, fitted
-to fetches without any link; and a window of four values of 256 tokens under way at once. Computing takes
-n x 2 x parameters / (peak x utilisation) seconds; attention is left out, which favours computing long prompts.
+with a round trip of r seconds for the index entries and one for the values, on connections that are open. Of ``link``
+and ``take``, in seconds a byte, ``slow`` is the slower one and ``fast`` the other: values of 256 tokens are received
+while the one before is taken in, so that the faster of the two is waited for once. ``link`` is bound by its bandwidth,
+and by a window of four values under way at once. ``base`` and ``take`` are what this machine needs to begin, and to
+check, store and commit, fitted to fetches without a link. Computing takes n x 2 x parameters / (peak x utilisation)
+seconds; attention is left out, which favours computing long prompts.
+
+What is measured is the least of some repetitions: other programs on the machine only add to it.
 
 Left out as well: TCP's slow start and a window smaller than what is under way, other users of the link, and loss.
 """
@@ -18,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import multiprocessing
 import queue
 import shutil
@@ -31,7 +36,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from common import median, report, table
+from common import RESULTS, report, table
 from shared import server
 
 from promptdb.blobs import TensorSpec, build_blob
@@ -96,10 +101,16 @@ class Taking:
     base_s: float
     bytes_per_s: float
 
+    def rates(self, token_bytes: int, trip_s: float, link_bytes_per_s: float) -> tuple[float, float]:
+        """Return the seconds that a token takes on the slower of link and machine, and on the other."""
+        window = VALUES_UNDER_WAY * SPAN_TOKENS
+        link = max(token_bytes / link_bytes_per_s, trip_s / window)
+        take = token_bytes / self.bytes_per_s
+        return max(link, take), min(link, take)
+
     def fetch_s(self, num_tokens: int, token_bytes: int, trip_s: float, link_bytes_per_s: float) -> float:
-        window = VALUES_UNDER_WAY * SPAN_TOKENS * token_bytes
-        slowest = max(1 / link_bytes_per_s, 1 / self.bytes_per_s, trip_s / window)
-        return self.base_s + 2 * trip_s + num_tokens * token_bytes * slowest
+        slow, fast = self.rates(token_bytes, trip_s, link_bytes_per_s)
+        return self.base_s + 2 * trip_s + num_tokens * slow + min(num_tokens, SPAN_TOKENS) * fast
 
 
 # So far, what is between is only the link: for machines that take what comes as fast as it comes.
@@ -108,10 +119,13 @@ AT_ONCE = Taking(0.0, float("inf"))
 
 def crossover(machine: Machine, taking: Taking, trip_s: float, link_bytes_per_s: float) -> float | None:
     """Return from how many tokens on fetching is faster, at least 1, or None: never."""
-    fixed = taking.fetch_s(0, machine.token_bytes, trip_s, link_bytes_per_s)
-    each = taking.fetch_s(1, machine.token_bytes, trip_s, link_bytes_per_s) - fixed
-    gain = 1 / machine.tokens_per_s - each
-    return None if gain <= 0 else max(1.0, fixed / gain)
+    slow, fast = taking.rates(machine.token_bytes, trip_s, link_bytes_per_s)
+    fixed = taking.base_s + 2 * trip_s
+    for most, waited, each in ((SPAN_TOKENS, fixed, slow + fast), (float("inf"), fixed + SPAN_TOKENS * fast, slow)):
+        gain = 1 / machine.tokens_per_s - each
+        if gain > 0 and waited / gain <= most:
+            return max(1.0, waited / gain)
+    return None
 
 
 # A simulated link
@@ -236,15 +250,16 @@ def fitted(points: list[tuple[int, float]]) -> Taking:
     return Taking(max(0.0, line.intercept), 1 / line.slope)
 
 
-LENGTHS = (32, 256, 512, 1000)
+LENGTHS = (32, 256, 1000)
 # (round trip in seconds, Gbit/s, tokens)
 POINTS = (
-    (0.001, 1, 256),
-    (0.001, 1, 1000),
-    (0.010, 0.5, 1000),
+    (0.001, 0.2, 256),
+    (0.010, 0.1, 256),
+    (0.050, 0.1, 256),
     (0.050, 1, 32),
+    (0.010, 0.5, 1000),
+    (0.001, 1, 1000),
     (0.050, 1, 1000),
-    (0.050, 2, 1000),
 )
 
 
@@ -258,32 +273,22 @@ def measure(directory: Path, repeat: int) -> tuple[Taking, list[dict]]:
             push(db, connect(db))
             assert connect(db).flush(60)
         assert client.dbsize()
-        taken = [(number, median(fetch_s(url, directory, number) for _ in range(repeat))) for number in LENGTHS]
+        taken = [(number, min(fetch_s(url, directory, number) for _ in range(repeat))) for number in LENGTHS]
         taking = fitted(taken)
         rows = []
         for trip_s, gbit, number in POINTS:
             with simulated(port, trip_s, gbit * GBIT) as link:
-                took = median(fetch_s(f"redis://127.0.0.1:{link}", directory, number) for _ in range(repeat))
+                took = min(fetch_s(f"redis://127.0.0.1:{link}", directory, number) for _ in range(repeat))
             said = taking.fetch_s(number, TOKEN_BYTES, trip_s, gbit * GBIT)
             row = {"round trip ms": 1000 * trip_s, "Gbit/s": gbit, "tokens": number, "measured ms": 1000 * took}
             rows.append({**row, "model ms": 1000 * said, "model / measured": said / took})
     return taking, rows
 
 
-def cpu_rate(num_tokens: int = 1000) -> float:
-    """Return how many tokens a second this machine computes of GPT-2 124M in float32."""
-    import torch
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    model = GPT2LMHeadModel(GPT2Config()).eval()
-    ids = torch.randint(0, 50_257, (1, num_tokens))
-    samples = []
-    with torch.inference_mode():
-        for _ in range(4):
-            began = time.perf_counter()
-            model(ids, use_cache=True, logits_to_keep=1)
-            samples.append(time.perf_counter() - began)
-    return num_tokens / median(samples[1:])
+def cpu_rate() -> float:
+    """Return how many tokens of GPT-2 124M in float32 two cores compute in a second, as ``core.py`` has measured it."""
+    rows = json.loads((RESULTS / "core.json").read_text())["rows"]
+    return 1000 / min(row["alternative_ms"] / 1000 for row in rows if row["alternative"] == "recomputing")
 
 
 # What comes out
@@ -307,10 +312,18 @@ def _tokens(found: float | None) -> int | str:
     return "never" if found is None else round(found)
 
 
-def markdown(rows: list[dict]) -> str:
-    """Return rows as docs/team.md has them."""
-    lines = [list(rows[0]), ["---"] * len(rows[0])]
-    lines += [[f"{cell:,}" if isinstance(cell, int) else str(cell) for cell in row.values()] for row in rows]
+def markdown(found: list[Machine]) -> str:
+    """Return the table of docs/team.md: a row for each machine, a cell for each bandwidth with all round trips."""
+    head = ["model", "computed by", "tokens/s", "needs", *(f"{gbit} Gbit/s" for gbit in LINKS_GBIT)]
+    lines = [head, ["---"] * len(head)]
+    for machine in found:
+        needed = f"{_short(machine.needs_bytes_per_s / GBIT)} Gbit/s"
+        cells = [machine.model, machine.hardware, f"{machine.tokens_per_s:,.0f}", needed]
+        for gbit in LINKS_GBIT:
+            lengths = [crossover(machine, AT_ONCE, trip_s, gbit * GBIT) for trip_s in TRIPS_S.values()]
+            shown = ["–" if each is None else f"{each:,.0f}" for each in lengths]
+            cells.append(" · ".join(shown) if any(lengths) else "never")
+        lines.append(cells)
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -334,6 +347,7 @@ def draw(found: list[Machine], taking: Taking) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    taken = taking.bytes_per_s / GBIT
     links = [10 ** (each / 200) for each in range(401)]
     colours = dict(zip(TRIPS_S, ("#9ecae1", "#4292c6", "#2171b5", "#08306b"), strict=True))
     models = list(dict.fromkeys(machine.model for machine in found))
@@ -349,7 +363,8 @@ def draw(found: list[Machine], taking: Taking) -> None:
             if bound >= 1:
                 panel.axvline(bound, color="#999999", linestyle=style, linewidth=0.8)
             panel.plot([], [], style, color="#333333", label=f"{machine.hardware}: needs {_short(bound)} Gbit/s")
-        panel.axvline(taking.bytes_per_s / GBIT, color="#d95f02", linestyle=":", linewidth=1.4)
+        if taken >= 1:
+            panel.axvline(taken, color="#d95f02", linestyle=":", linewidth=1.4)
         panel.set(xscale="log", yscale="log", xlim=(1, 100), ylim=(0.8, 1e6), title=model, xlabel="link, Gbit/s")
         panel.set_xticks([1, 2, 5, 10, 25, 100], ["1", "2", "5", "10", "25", "100"])
         panel.minorticks_off()
@@ -359,8 +374,9 @@ def draw(found: list[Machine], taking: Taking) -> None:
     ticks = [10**power for power in range(7)]
     panels[0].set_yticks(ticks, [f"{tick:,}" for tick in ticks])
     handles = [pyplot.Line2D([], [], color=colour, label=f"round trip {label}") for label, colour in colours.items()]
-    taken = pyplot.Line2D([], [], color="#d95f02", linestyle=":", label="all that 2 cores take in")
-    figure.legend(handles=[*handles, taken], loc="outside lower center", ncols=5, fontsize=8.5, frameon=False)
+    if taken >= 1:
+        handles.append(pyplot.Line2D([], [], color="#d95f02", linestyle=":", label="all that 2 cores take in"))
+    figure.legend(handles=handles, loc="outside lower center", ncols=5, fontsize=8.5, frameon=False)
     figure.savefig(FIGURE, dpi=110)
 
 
@@ -371,7 +387,7 @@ def _short(number: float) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--no-figure", action="store_true")
-    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--repeat", type=int, default=5)
     arguments = parser.parse_args()
     directory = Path(tempfile.mkdtemp(prefix="promptdb-link-"))
     try:
@@ -383,7 +399,7 @@ def main() -> None:
         print(table(each), end="\n\n")
     here = {"base_ms": 1000 * taking.base_s, "take_bytes_per_s": taking.bytes_per_s, "utilisation": UTILISATION}
     rows = crossovers(found, taking)
-    print(markdown(rows), end="\n\n")
+    print(markdown(found), end="\n\n")
     report("link", rows, here=here, held_against=held, needs=needs(found))
     if not arguments.no_figure:
         draw(found, taking)

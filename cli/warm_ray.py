@@ -82,7 +82,10 @@ def warm_on_ray(
                 total = _added(total, done)
                 if monotonic() - told >= _TELL_EVERY_S:
                     told = monotonic()
-                    say(f"{_so_far(total)} of {len(prompts):,} and {num_tokens:,}")
+                    say(
+                        f"{total.num_prompts:,} of {len(prompts):,} prompts, "
+                        f"{total.tokens_computed + total.tokens_fetched:,} of {num_tokens:,} tokens"
+                    )
     seconds = perf_counter() - began
     if as_json:
         more = {"elapsed_s": seconds, "num_skipped": feed.num_skipped, "distinct_tokens": num_tokens}

@@ -84,7 +84,6 @@ class FarRedis:
     def _connect(self, use: str) -> Any:
         redis = _redis()
         from redis.backoff import NoBackoff
-        from redis.connection import PythonRespSerializer
         from redis.retry import Retry
 
         options: dict[str, Any] = {
@@ -100,16 +99,22 @@ class FarRedis:
         if self._is_cluster:
             return self._connect_cluster(options)
         most = _LOOKUP_CONNECTIONS if use == "lookups" else self._options.concurrency
-        # hiredis' packer copies a large value several times; this one sends it from where it is.
-        packer = PythonRespSerializer(6000, _encode)
         pool = redis.BlockingConnectionPool.from_url(
-            self._url, max_connections=most, timeout=self._options.timeout_s, command_packer=packer, **options
+            self._url, max_connections=most, timeout=self._options.timeout_s, command_packer=_packer(), **options
         )
         return redis.Redis(connection_pool=pool)
 
     def _connect_cluster(self, options: dict[str, Any]) -> Any:
+        from redis import ConnectionPool
         from redis.cluster import RedisCluster
 
+        class Pool(ConnectionPool):
+            """A Cluster's client hands no packer on to its nodes, but the class of their pools."""
+
+            def __init__(self, **kwargs: Any) -> None:
+                super().__init__(**{**kwargs, "command_packer": _packer()})
+
+        options = {**options, "connection_pool_class": Pool}
         parts = urlsplit(self._url)
         user, at, hosts = parts.netloc.rpartition("@")
         failure: Exception | None = None
@@ -223,10 +228,7 @@ class FarRedis:
                 manifests.append(("SET", self._key(key), head + inline, "NX", *lives))
                 for number in range(count):
                     part = view[number * PART_BYTES : (number + 1) * PART_BYTES]
-                    # The cluster's packer knows bytes only.
-                    parts.append(
-                        ("SET", _part(self._key(key), number), bytes(part) if self._is_cluster else part, *lives)
-                    )
+                    parts.append(("SET", _part(self._key(key), number), part, *lives))
             for command in parts:
                 self._run("data", [command])
             return [reply is not None for reply in self._run("data", manifests)]
@@ -319,6 +321,13 @@ class FarRedis:
     def close(self) -> None:
         """Release all connections."""
         self._drop_clients()
+
+
+def _packer() -> Any:
+    """Return what sends large values from where they are: hiredis' packer copies them several times."""
+    from redis.connection import PythonRespSerializer
+
+    return PythonRespSerializer(6000, _encode)
 
 
 def _encode(value: Any) -> Any:

@@ -140,7 +140,7 @@ def compute(
     number, needs = _needs(_ray().nodes(), num_workers, worker.get("device"))
     shares = split(prompts, number)
     number = min(number, len(shares.shares))
-    say(f"{number:,} workers, each with {needs['num_gpus']} GPUs and {needs['num_cpus']} CPUs")
+    say(f"{number} worker{'s' * (number > 1)}, each with {'one GPU and ' * needs['num_gpus']}{needs['num_cpus']} CPU")
     with _pool(number, needs, worker, check) as pool:
         yield from _compute(pool, shares, prompts, number)
 
