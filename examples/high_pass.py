@@ -25,7 +25,7 @@ from promptdb.hooks import Hook, HookedModel, PrecomputeContext
 from promptdb.hooks import HookVariableNames as N
 from promptdb.interventions import Intervention
 
-PERIODS = (256, 128, 64, 32, 16, 8, 4, 2)  # tokens: the longest that a filter lets through
+PERIODS = (128, 64, 32, 16, 8, 4, 2)  # tokens: the longest that a filter lets through
 
 
 def fourier(x: torch.Tensor, pctx: PrecomputeContext, *, cutoff: float) -> torch.Tensor:
