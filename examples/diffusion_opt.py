@@ -145,7 +145,7 @@ def plot(path: Path, losses: list[float], results: dict[str, list[float]]) -> No
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Run the program; return what it found."""
     parser = arguments("A diffusion model, made of a causal OPT.", prompts=2000, tokens=128, db=False)
-    parser.add_argument("--steps", type=int, default=300, help="of training, eight prompts each")
+    parser.add_argument("--steps", type=int, default=400, help="of training, eight prompts each")
     parser.add_argument("--lr", type=float, default=1e-3, help="highest learning rate; of large models, 5e-5")
     parser.add_argument("--text", default=TEXT, help="text with a gap of N tokens, '[gap N]'")
     parser.add_argument("--inpaint-steps", type=int, default=6)

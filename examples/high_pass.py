@@ -25,7 +25,7 @@ from promptdb.hooks import Hook, HookedModel, PrecomputeContext
 from promptdb.hooks import HookVariableNames as N
 from promptdb.interventions import Intervention
 
-PERIODS = (256, 128, 64, 32, 16, 8, 4, 2)  # tokens: the longest that a filter lets through
+PERIODS = (128, 64, 32, 16, 8, 4, 2)  # tokens: the longest that a filter lets through
 
 
 def fourier(x: torch.Tensor, pctx: PrecomputeContext, *, cutoff: float) -> torch.Tensor:
@@ -106,7 +106,7 @@ def plot(path: Path, by_period: dict[int, float], lines: dict[str, float]) -> No
         axes.axhline(value, color=f"C{number + 1}", linestyle="--", linewidth=1, label=label)
     axes.set_xticks(range(len(by_period)), [str(each) for each in by_period])
     axes.set(xlabel="longest period that is let through (tokens)", ylabel="loss (nats per token)")
-    axes.legend(fontsize="small")
+    axes.legend(fontsize="small", loc="center left")
     figure.savefig(path, dpi=110)
 
 

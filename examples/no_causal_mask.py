@@ -66,18 +66,19 @@ def refusal(db: PromptDB, model: HookedModel, tokenizer: Any, hooks: list[Hook])
         return str(error)
 
 
-def plot(path: Path, losses: dict[int, float], moved: dict[int, torch.Tensor], half: int) -> None:
+def plot(path: Path, losses: dict[int, float], moved: dict[int, torch.Tensor]) -> None:
     """Draw the losses, and the movement before the place where the text was changed."""
     figure = Figure(figsize=(9, 3.4), layout="constrained")
     left, right = figure.subplots(1, 2)
     left.bar(range(len(losses)), list(losses.values()), color="tab:blue")
     left.set_xticks(range(len(losses)), [str(each) for each in losses])
     left.set(xlabel="tokens that may be seen ahead", ylabel="loss (nats per token)")
-    for number, (each, by_position) in enumerate(moved.items()):
-        shown = by_position[max(0, half - 64) : half].cpu()
-        right.plot(range(-len(shown), 0), shown, label=str(each), color=f"C{number}", marker=".", markersize=3)
-    right.set(xlabel="position before the change", ylabel="movement of predictions")
-    right.legend(title="seen ahead", fontsize="small")
+    for each, by_position in moved.items():
+        if each:  # causal: nothing moves
+            shown = by_position[-64:].cpu()
+            right.plot(range(-len(shown), 0), shown, label=str(each), marker=".", markersize=3)
+    right.set(yscale="log", ylim=(1e-5, 1), xlabel="position before the change", ylabel="movement of predictions")
+    right.legend(title="seen ahead", fontsize="small", loc="lower left")
     figure.savefig(path, dpi=110)
 
 
@@ -107,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         reason = refusal(db, model, tokenizer, look_ahead(ids.shape[1]))
         print(f"\nThe store refuses to keep any of it:\n  {reason}\n(it has {describe(db)}, as before)")
         stored = db.stat()["num_nodes"] - before
-    plot(args.out / "no_causal_mask.png", losses, moved, half)
+    plot(args.out / "no_causal_mask.png", losses, moved)
     print(f"wrote {args.out / 'no_causal_mask.png'}")
     return {"losses": losses, "moved": moved, "half": half, "reason": reason, "stored": stored}
 

@@ -83,7 +83,12 @@ def plot(path: Path, texts: dict[Where, Spectrum], controls: dict[Where, Spectru
         axes.plot(*smooth(texts[where]), color=colour, label=name(where))
         axes.plot(*smooth(controls[where]), color=colour, linestyle="--", linewidth=0.8)
     axes.plot([], [], color="grey", linestyle="--", linewidth=0.8, label="tokens shuffled")
-    axes.set(xscale="log", yscale="log", xlabel="frequency (cycles per token)", ylabel="power (white noise: 1)")
+    axes.set(xlabel="frequency (cycles per token)", ylabel="power (white noise: 1)")
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log", base=2)
+    axes.xaxis.set_major_formatter(lambda x, _: f"1/{1 / x:g}")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
     figure.savefig(path, dpi=110)
 

@@ -21,10 +21,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 logging.disable_progress_bar()
 
 SMALL_OPT = ".demo/small-opt"
-LENGTH = 256  # of the texts that it is trained on: it knows no later positions
+LENGTH = 128  # of the texts that it is trained on: it knows no later positions
 
 
-def arguments(description: str, *, prompts: int = 48, tokens: int = 256, db: bool = True) -> argparse.ArgumentParser:
+def arguments(description: str, *, prompts: int = 48, tokens: int = 128, db: bool = True) -> argparse.ArgumentParser:
     """Return a parser with the arguments that every tutorial has."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
@@ -59,8 +59,8 @@ def token_blocks(tokenizer: Any, texts: list[str], count: int, length: int) -> l
     return blocks
 
 
-def train_small_opt(directory: str | Path, texts: list[str], num_steps: int = 800) -> float:
-    """Train a causal OPT of 900,000 weights on texts, and write it with its tokenizer.
+def train_small_opt(directory: str | Path, texts: list[str], num_steps: int = 1500) -> float:
+    """Train a causal OPT of 650,000 weights on texts, and write it with its tokenizer.
 
     Its tokens are letters and a few pairs of them, so it must look back to know which word it is in. Returns the loss
     of the last steps, in nats per token.
@@ -72,24 +72,23 @@ def train_small_opt(directory: str | Path, texts: list[str], num_steps: int = 80
         vocab_size=len(tokenizer),
         hidden_size=128,
         word_embed_proj_dim=128,
-        num_hidden_layers=4,
+        num_hidden_layers=3,
         ffn_dim=512,
         max_position_embeddings=LENGTH,
-        initializer_range=0.02,
+        initializer_range=0.04,
         dropout=0.0,
     ).train()
-    with (
-        torch.no_grad()
-    ):  # positions begin as waves: from random ones it takes long to learn which token is the last one
+    # Positions begin as waves: from random ones, it takes long to learn which token is the one before.
+    with torch.no_grad():
         positions = model.model.decoder.embed_positions.weight
         waves = torch.arange(len(positions))[:, None] * torch.logspace(0, -3, positions.shape[1] // 2)
-        positions.copy_(torch.cat((waves.sin(), waves.cos()), dim=1) * 0.03)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95), weight_decay=0.1)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, num_steps, pct_start=0.1, cycle_momentum=False)
+        positions.copy_(torch.cat((waves.sin(), waves.cos()), dim=1) * 0.05)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=0.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, num_steps, pct_start=0.1, cycle_momentum=False)
     generator = torch.Generator().manual_seed(0)
     losses, began = [], time.perf_counter()
     for step in range(num_steps):
-        starts = torch.randint(0, len(ids) - LENGTH, (4, 1), generator=generator)
+        starts = torch.randint(0, len(ids) - LENGTH, (6, 1), generator=generator)
         batch = ids[starts + torch.arange(LENGTH)]
         loss = model(batch, labels=batch).loss
         loss.backward()

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from cli_tools import write_checkpoint
-from transformers import AutoModelForCausalLM, OPTForCausalLM
+from transformers import AutoModelForCausalLM
 
 from promptdb import PromptDB
 
@@ -176,10 +176,10 @@ def test_high_pass(program, tiny, tmp_path):
         assert [root.intervention_id != "" for root, totals in db.roots() if totals["num_nodes"]] == [True]
         assert db.verify() == []
     losses = {**found["lines"], **found["by_period"]}
-    assert len(set(losses.values())) == len(losses) - 1  # of 96 tokens, periods up to 256 and 128 are the same
+    assert len(set(losses.values())) == len(losses)
     # What is left of a filter that lets nearly nothing through is nearly no attention.
     distance = {period: abs(loss - found["lines"]["no attention"]) for period, loss in found["by_period"].items()}
-    assert distance[2] < distance[256]
+    assert distance[2] < distance[128]
     assert is_small_png(tmp_path / "out" / "high_pass.png")
 
 
@@ -194,7 +194,7 @@ def test_diffusion_opt(program, tmp_path):
     assert sum(losses[-20:]) / 20 < sum(losses[:20]) / 20 - 1
     commonest, before, after = found["results"].values()
     assert max(before) < 0.1
-    assert after[0] > commonest[0] + 0.2
+    assert after[0] > 3 * commonest[0]
     assert after[0] > after[-1]  # the more is masked, the less is found
     given, filled, mask = found["given"], found["filled"], found["mask"]
     assert int((given == mask).sum()) == 12
@@ -227,14 +227,14 @@ def test_the_small_opt_is_trained_where_it_is_missing(texts, tmp_path, monkeypat
     monkeypatch.setattr(tutorial, "corpus", lambda: texts.read_text("utf-8"))
     model, tokenizer = tutorial.load_hooked(tutorial.SMALL_OPT)
     assert float(re.search("its loss is (.*) nats", capsys.readouterr().out)[1]) < np.log(288) - 1
-    assert model.config.num_hidden_layers == 4
+    assert model.config.num_hidden_layers == 3
     assert tokenizer.decode(tokenizer("the number")["input_ids"]) == "the number"
     assert tutorial.checkpoint(tutorial.SMALL_OPT) == tutorial.SMALL_OPT
     assert capsys.readouterr().out == ""
 
 
 def test_sae(program, tiny, texts, tmp_path, monkeypatch):
-    options = ("--prompts", 12, "--tokens", 128, "--features", 256, "--batch-size", 128, "--epochs", 2)
+    options = ("--layer", 0, "--prompts", 12, "--features", 256, "--batch-size", 128, "--epochs", 2)
     found = program("sae", *options)
     training, figures = found["training"], found["figures"]
     assert found["computed"] == 12 * 128
@@ -249,7 +249,7 @@ def test_sae(program, tiny, texts, tmp_path, monkeypatch):
     tutorial, sae = importlib.import_module("tutorial"), importlib.import_module("sae")
     _, tokenizer = tutorial.load_hooked(tiny)
     held_out = tutorial.token_blocks(tokenizer, tutorial.documents(texts, held_out=True), 16, 128)
-    rows = plain(tiny, held_out).hidden_states[2].flatten(0, 1)
+    rows = plain(tiny, held_out).hidden_states[1].flatten(0, 1)
     held = torch.load(tmp_path / "out" / "sae.pt")
     model = sae.TopK(rows, 256, 16)
     model.load_state_dict(held["sae"])
@@ -260,10 +260,10 @@ def test_sae(program, tiny, texts, tmp_path, monkeypatch):
     assert figures["L0 (active features of a row)"] == pytest.approx(float((features > 0).sum(1).float().mean()))
 
     # Stopped in the middle of each epoch and gone on with: the same, and no model is run.
-    def forward(*args, **kwargs):
+    def attention(*args, **kwargs):
         raise AssertionError("the model was run, but everything is stored")
 
-    monkeypatch.setattr(OPTForCausalLM, "forward", forward)
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attention)
     for count in (5, 10):
         stopped = program("sae", *options, "--stop-after", count, out="stopped")
     assert len(stopped["training"].log) == 15
