@@ -28,7 +28,7 @@ from blake3 import blake3
 from promptdb.code_identity import class_id, code_id
 from promptdb.errors import IdentityError, InputTypeError
 from promptdb.hashing import FieldHasher
-from promptdb.placement import weight_of
+from promptdb.placement import kept_aside, weight_of
 from promptdb.refusals import refuse_attention, refuse_hooks, refuse_patched
 
 if TYPE_CHECKING:
@@ -168,7 +168,7 @@ class Walk:
             self.classes[cls] = (class_id(cls), code_id(where, cls.forward))
         self._hash.field("class", self.classes[cls][0]).field("forward", self.classes[cls][1])
         self.containers += (attributes, module._modules, module._parameters, module._buffers)
-        self.containers += (module._forward_hooks, module._forward_pre_hooks)
+        self.containers += (module._forward_hooks, module._forward_pre_hooks, *kept_aside(module))
         own_state = cls._save_to_state_dict is not self._torch.nn.Module._save_to_state_dict
         for key in sorted(attributes.keys() - _VARS_IGNORED):
             if key.endswith("max_seq_len_cached"):  # what rotary embeddings last saw; its effect is in inv_freq

@@ -13,7 +13,7 @@ from promptdb.errors import IdentityError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["device_of", "moves_only", "weight_of"]
+__all__ = ["device_of", "kept_aside", "moves_only", "weight_of"]
 
 _HINT = "promptdb.offloading.offload(model, device, folder=...) keeps weights where they can be identified"
 
@@ -38,6 +38,22 @@ def _offloading(module: torch.nn.Module) -> Any:
     return found[0] if len(found) == 1 else None
 
 
+def _plain_map(weights: Any) -> Any:
+    """Return the dict below the maps that accelerate makes; what is no dict cannot be watched."""
+    while type(weights).__module__ == "accelerate.utils.offload":
+        weights = weights.dataset if type(weights).__name__ == "PrefixedDataset" else weights.state_dict
+    return weights
+
+
+def kept_aside(module: torch.nn.Module) -> list[dict[str, Any]]:
+    """Return the dicts that say what a module's offloaded weights are, to be watched for changes."""
+    hook = _offloading(module)
+    if hook is None:
+        return []
+    weights = _plain_map(hook.weights_map)
+    return [vars(hook), weights] if type(weights) is dict else [vars(hook)]
+
+
 def weight_of(where: str, module: torch.nn.Module, name: str, tensor: torch.Tensor) -> torch.Tensor:
     """Return a module's parameter or buffer itself, or what its hook puts in its place when the module runs.
 
@@ -53,7 +69,7 @@ def weight_of(where: str, module: torch.nn.Module, name: str, tensor: torch.Tens
         found, again = hook.weights_map[name], hook.weights_map[name]
     except (KeyError, OSError) as error:
         raise IdentityError(f"{where} is offloaded, and cannot be read: {error}", _HINT) from error
-    if found is not again:
+    if found is not again or type(_plain_map(hook.weights_map)) is not dict:
         raise IdentityError(f"{where} is read from a file each time, which may change meanwhile", _HINT)
     if (found.dtype, found.shape) != (tensor.dtype, tensor.shape) or found.is_meta or str(found.dtype) == "torch.int8":
         raise IdentityError(f"{where} is offloaded as {found.dtype} {tuple(found.shape)}, and runs as another", _HINT)

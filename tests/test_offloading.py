@@ -113,6 +113,11 @@ def test_changed_weights_are_another_model(tmp_path):
     with torch.no_grad():
         changed.lm_head.weight.mul_(1.01)
     assert watch.weights_id == weights_id(changed)
+    # replaced in the hooks' map, with no pass in between
+    weights.dataset["lm_head.weight"] = plain.lm_head.weight.detach().clone()
+    assert watch.weights_id == before
+    model.lm_head._hf_hook.weights_map = {"weight": plain.lm_head.weight.detach() * 2}
+    assert watch.weights_id not in (before, weights_id(changed))
 
 
 def test_changed_files_are_another_model(tmp_path):
