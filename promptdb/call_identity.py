@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-import dis
 import enum
 import functools
 import importlib.metadata
 import importlib.util
 import platform
-import sys
-import sysconfig
 import types
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
-from functools import cache
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 from blake3 import blake3
 
-from promptdb.code_identity import LIBRARIES, class_id, code_id
+from promptdb.code_identity import class_id, code_id
 from promptdb.db import PromptDB
 from promptdb.engine import Engine
 from promptdb.errors import IdentityError
@@ -30,13 +26,21 @@ from promptdb.hook_context import Hook
 from promptdb.identity import weights_id
 from promptdb.interventions import Intervention
 from promptdb.keys import Root
+from promptdb.libraries import (
+    check_library,
+    imported,
+    instructions,
+    is_library,
+    is_library_file,
+    library_version,
+    version_of_file,
+)
 from promptdb.tokenizer_identity import tokenizer_id
 from promptdb.version import __version__
 
 __all__ = ["call_key"]
 
 _PLAIN = (type(None), bool, float, str, bytes)
-_SITES = ("site-packages", "dist-packages")
 # What a tokenizer does with them is not in its ID: an engine does not ask for it, a function may.
 _TOKENIZER_SETTINGS = ("padding_side", "truncation_side", "pad_token", "chat_template", "model_max_length")
 _GRAD_MODES = (torch.no_grad, torch.enable_grad, torch.inference_mode, torch.set_grad_enabled)
@@ -44,7 +48,6 @@ _HINTS = {
     "PromptDB": "what it holds changes: pass an Engine, or what was read from it",
     "Generator": "pass a seed",
     "Random": "pass a seed",
-    "module": "import its functions by name, so that they are identified",
     "PosixPath": "what a file holds changes: pass what was read from it",
 }
 
@@ -213,13 +216,14 @@ class _Call:
             return
         self._functions[id(function)] = len(self._functions)
         code = function.__code__
-        is_own = not _is_library_file(code.co_filename)
+        is_own = not is_library_file(code.co_filename)
         if is_own and code.co_filename.startswith("<"):  # no file: typed in, or made by dataclasses
             self._code(code)
         elif is_own:
             self.field("code", code_id(where, function)).field("bytecode", code.co_code)
         else:
-            self.field("library", f"{Path(code.co_filename).name} {code.co_qualname} {_version_of(code.co_filename)}")
+            version = version_of_file(code.co_filename)
+            self.field("library", f"{Path(code.co_filename).name} {code.co_qualname} {version}")
         self._items(f"{where}: a default", [function.__defaults__, function.__kwdefaults__])
         for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
             self.field("closure", name)
@@ -243,24 +247,19 @@ class _Call:
                 self.value("a constant", constant)
 
     def _named(self, where: str, function: types.FunctionType) -> None:
-        names, modules = set(), set()
-        for code in _codes(function.__code__):
-            instructions = list(dis.get_instructions(code))
-            for at, each in enumerate(instructions):
-                if each.opname in ("LOAD_GLOBAL", "LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS"):
-                    names.add(each.argval)
-                elif each.opname == "IMPORT_NAME":
-                    if instructions[at - 2].argval != 0:
-                        raise IdentityError(f"{where} imports {each.argval} relatively", "import it at the top")
-                    modules.add(each.argval)
+        names = {
+            each.argval
+            for each in instructions(function.__code__)
+            if each.opname in ("LOAD_GLOBAL", "LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS")
+        }
         for name in sorted(names & function.__globals__.keys()):
             self.field("global", name)
             self.value(f"{where}: {name}", function.__globals__[name])
-        for name in sorted(modules):
+        for name in sorted(imported(where, function.__code__)):
             self._imported(f"{where}: {name}", name)
 
     def _class(self, where: str, cls: type) -> None:
-        if _is_library(cls.__module__):
+        if is_library(cls.__module__):
             self.field("class", f"{cls.__module__}.{cls.__qualname__}")
             self._imported(where, cls.__module__)
             return
@@ -285,69 +284,5 @@ class _Call:
 
     def _imported(self, where: str, name: str) -> None:
         """Add a library by its name and version; refuse a module of the user's own."""
-        if not _is_library(name):
-            raise IdentityError(f"{where} is the module {name}, which cannot be identified", _HINTS["module"])
-        self.field("module", name).field("version", _version(name.split(".")[0]))
-
-
-def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
-    yield code
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            yield from _codes(constant)
-
-
-def _is_library(module: str) -> bool:
-    """Whether a module is one of Python's or was installed; one of the user's own may have the name of such."""
-    top = module.split(".")[0]
-    path = _file_of(module) or _file_of(top)
-    return top in LIBRARIES or (_is_library_file(path) if path else top in sys.stdlib_module_names)
-
-
-@cache
-def _is_library_file(path: str) -> bool:
-    """Whether a file is one of Python's or was installed: known by name and version."""
-    if path.startswith("<frozen "):
-        return True
-    parts = Path(path).parts
-    if any(site in parts for site in _SITES):
-        return True
-    own = Path(__file__).parent
-    return Path(path).is_relative_to(sysconfig.get_path("stdlib")) or Path(path).is_relative_to(own)
-
-
-@cache
-def _file_of(module: str) -> str:
-    """Return the file of a module, or nothing where it has none."""
-    loaded = sys.modules.get(module)
-    path = getattr(loaded, "__file__", None)
-    if path is None:
-        try:
-            spec = importlib.util.find_spec(module) if loaded is None else None
-        except (ImportError, ValueError):
-            spec = None
-        path = None if spec is None else spec.origin
-    return path or ""
-
-
-def _version_of(path: str) -> str:
-    """Return the version of the library that a file is part of."""
-    parts = Path(path).parts
-    for site in _SITES:
-        if site in parts:
-            return _version(parts[parts.index(site) + 1].removesuffix(".py"))
-    return ""
-
-
-@cache
-def _version(top: str) -> str:
-    """Return the versions of what is installed as a top-level module."""
-    found = _distributions().get(top, [])
-    if not found:
-        return str(getattr(sys.modules.get(top), "__version__", ""))
-    return " ".join(f"{name} {importlib.metadata.version(name)}" for name in sorted(set(found)))
-
-
-@cache
-def _distributions() -> Mapping[str, list[str]]:
-    return importlib.metadata.packages_distributions()
+        check_library(where, name)
+        self.field("module", name).field("version", library_version(name))

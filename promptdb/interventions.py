@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from blake3 import blake3
 
-from promptdb.code_identity import class_id, code_id
+from promptdb.code_identity import LIBRARIES, class_id, code_id
 from promptdb.errors import IdentityError, InputTypeError, UnsupportedModelError
 from promptdb.hashing import FieldHasher
 from promptdb.hook_context import Hook, PrecomputeContext
 from promptdb.hook_points import POINTS
 from promptdb.hook_wiring import Attachment
 from promptdb.keys import pack_tokens
+from promptdb.libraries import check_library, imported, library_version
 from promptdb.probe import steps
 
 if TYPE_CHECKING:
@@ -153,6 +154,15 @@ class Intervention:
             if name in function.__globals__:
                 hasher.field("global", name)
                 self._add(hasher, f"{where}: {name}", function.__globals__[name], seen)
+        for name in sorted(imported(where, function.__code__)):
+            self._add_module(hasher, f"{where}: {name}", name)
+
+    def _add_module(self, hasher: FieldHasher, where: str, name: str) -> None:
+        check_library(where, name)
+        hasher.field("module", name)
+        # What models are made with may be brought up to date without computing everything again, here as elsewhere.
+        if name.split(".")[0] not in LIBRARIES:
+            hasher.field("version", library_version(name))
 
     def _add(self, hasher: FieldHasher, where: str, value: Any, seen: set[int]) -> None:
         hasher.field("type", type(value).__qualname__)
@@ -173,7 +183,7 @@ class Intervention:
                 self._add(hasher, where, key, seen)
                 self._add(hasher, where, value[key], seen)
         elif isinstance(value, types.ModuleType):
-            hasher.field("module", value.__name__)
+            self._add_module(hasher, where, value.__name__)
         elif isinstance(value, type):
             hasher.field("class", class_id(value))
         elif isinstance(value, (torch.dtype, torch.device)):

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from promptdb import Engine, PromptDB, Recorder
 from promptdb.adoption import LEAST_SHARED_TOKENS, adopt
-from promptdb.errors import InputTypeError, ModelError, NotRecordedError, UnsupportedModelError
+from promptdb.errors import IdentityError, InputTypeError, ModelError, NotRecordedError, UnsupportedModelError
 from promptdb.hook_points import HookVariableNames as N
 from promptdb.hooks import Hook, PrecomputeContext, hooked
 from promptdb.interventions import Intervention
@@ -283,3 +283,28 @@ def test_no_two_kinds_of_runs_ever_mix(steps):
                     db.remove(nodes[len(nodes) // 2].node)
             assert right(engine, prompt)
         assert db.verify() == []
+
+
+def test_a_module_of_ones_own_is_refused_and_a_library_is_not(tmp_path, monkeypatch):
+    import importlib
+
+    (tmp_path / "own_helper.py").write_text("SCALE = 2\n\ndef scale(x):\n    return x * SCALE\n")
+    (tmp_path / "own_hooks.py").write_text(
+        "import math\n\nimport own_helper\nfrom own_helper import scale\n\n"
+        "def by_module(x, pctx):\n    return own_helper.scale(x)\n\n"
+        "def inside(x, pctx):\n    import own_helper\n\n    return own_helper.scale(x)\n\n"
+        "def by_name(x, pctx):\n    return scale(x) * math.sqrt(2)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    module = importlib.import_module("own_hooks")
+    # What a module of one's own holds may change under its name, which an ID would not see.
+    for function in (module.by_module, module.inside):
+        with pytest.raises(IdentityError, match="module own_helper"):
+            Intervention("scale", [Hook(N.POST_MLP, function)])
+    before = Intervention("scale", [Hook(N.POST_MLP, module.by_name)]).id
+    (tmp_path / "own_helper.py").write_text("SCALE = 3\n\ndef scale(x):\n    return x * SCALE\n")
+    importlib.invalidate_caches()
+    monkeypatch.delitem(importlib.sys.modules, "own_helper")
+    monkeypatch.delitem(importlib.sys.modules, "own_hooks")
+    again = importlib.import_module("own_hooks")
+    assert Intervention("scale", [Hook(N.POST_MLP, again.by_name)]).id != before

@@ -17,7 +17,8 @@ CLI = PACKAGE.parent / "cli"
 # A module may import those before it, wherever the import stands. (For type checkers only, it may import any.)
 ORDER = (
     "version", "errors", "events", "plots", "pictures",
-    "hashing", "code_identity", "placement", "refusals", "identity", "tokenizer_identity", "watch", "checkpoint",
+    "hashing", "code_identity", "libraries", "placement", "refusals", "identity", "tokenizer_identity",
+    "watch", "checkpoint",
     "keys", "tokens", "format", "blobs", "buffers", "packing",
     "hook_points", "hook_places", "hook_context", "hook_binding",
     "tables", "filesystem", "memory", "presence", "reserve", "maplock", "lmdb_errors", "pages", "environment", "index",
