@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import redirect_stdout
 from dataclasses import asdict, fields
 from pathlib import Path
 from time import monotonic, perf_counter
@@ -75,7 +77,8 @@ def warm_on_ray(
         num_tokens = split(prompts, 1).num_tokens
         say(f"{count(len(prompts), 'prompt')}, {num_tokens:,} distinct tokens")
         arguments = _everywhere(model, worker) | {"shared": url, "tokenizer_id": tokenizer_id(tokenizer)}
-        with connected(address), explaining(lambda: _so_far(total)):
+        # Ray prints what happens to its workers, and the output of the program must not hold it.
+        with redirect_stdout(sys.stderr), connected(address), explaining(lambda: _so_far(total)):
             interrupts.hold()
             told = monotonic()
             for done in compute(prompts, arguments, num_workers=num_workers, say=say, check=interrupts.check):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import sys
 import time
 from pathlib import Path
 
@@ -201,6 +202,12 @@ def test_what_is_wrong_is_told(machines, model, tmp_path):
 def test_nobody_there(address, monkeypatch):
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     with pytest.raises(ClusterError, match="no Ray at"), connected(address.format(port=free_port())):
+        pass
+
+
+def test_without_ray(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ClusterError, match=r"Ray is not installed.*promptdb\[ray\]"), connected("auto"):
         pass
 
 
