@@ -234,7 +234,7 @@ def others(model: Any, ids: torch.Tensor, directory: Path) -> dict[str, Callable
 
 
 def nnsight_way(model: Any, ids: torch.Tensor, directory: Path) -> Callable[[], list[torch.Tensor]]:
-    wrapped = importlib.import_module("nnsight").NNsight(model)
+    wrapped = importlib.import_module("nnsight").NNsight(copy.deepcopy(model))  # it patches what it wraps
 
     def traced() -> list[torch.Tensor]:
         kept = []
