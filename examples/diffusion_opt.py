@@ -109,8 +109,8 @@ def train(diffusion: Diffusion, ids: torch.Tensor, num_steps: int, lr: float) ->
         schedule.step()
         optimizer.zero_grad()
         losses.append(loss.item())
-        if (step + 1) % 50 == 0 or step + 1 == num_steps:
-            mean = sum(losses[-50:]) / len(losses[-50:])
+        if (step + 1) % 100 == 0 or step + 1 == num_steps:
+            mean = sum(losses[-100:]) / len(losses[-100:])
             seconds = time.perf_counter() - began
             print(f"step {step + 1:5} of {num_steps}: at most {mean:.3f} nats per token, {seconds:.0f} s")
     model.eval()
@@ -131,10 +131,10 @@ def plot(path: Path, losses: list[float], results: dict[str, list[float]]) -> No
     """Draw the loss by step, and what share of the masked tokens is found."""
     figure = Figure(figsize=(9, 3.4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    left.plot(losses, linewidth=0.4, color="C0")
-    smooth = torch.tensor(losses).unfold(0, min(25, len(losses)), 1).mean(1)
-    left.plot(range(len(losses) - len(smooth), len(losses)), smooth, color="C0")
-    left.set(xlabel="step", ylabel="loss (nats per token, at most)")
+    width = min(50, len(losses))
+    smooth = torch.tensor(losses).unfold(0, width, 1).mean(1)
+    left.plot(range(width, len(losses) + 1), smooth)
+    left.set(xlabel="step", ylabel=f"loss, mean of {width} steps (nats per token)")
     for label, found in results.items():
         right.plot(SHARES, found, marker="o", label=label)
     right.set(xlabel="share of tokens that are masked", ylabel="of these, found", ylim=(0, None))
@@ -144,9 +144,9 @@ def plot(path: Path, losses: list[float], results: dict[str, list[float]]) -> No
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Run the program; return what it found."""
-    parser = arguments("A diffusion model, made of a causal OPT.", prompts=2000, tokens=128, db=False)
-    parser.add_argument("--steps", type=int, default=400, help="of training, eight prompts each")
-    parser.add_argument("--lr", type=float, default=1e-3, help="highest learning rate; of large models, 5e-5")
+    parser = arguments("A diffusion model, made of a causal OPT.", prompts=4000, tokens=64, db=False)
+    parser.add_argument("--steps", type=int, default=1000, help="of training, eight prompts each")
+    parser.add_argument("--lr", type=float, default=6e-4, help="highest learning rate; of large models, 5e-5")
     parser.add_argument("--text", default=TEXT, help="text with a gap of N tokens, '[gap N]'")
     parser.add_argument("--inpaint-steps", type=int, default=6)
     args = parser.parse_args(argv)

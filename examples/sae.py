@@ -8,6 +8,7 @@ Run: ``python examples/sae.py [--model PATH_OR_ID] [--layer L] [--features N] [-
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -69,11 +70,6 @@ def record(engine: Engine, args: Any, *, held_out: bool) -> tuple[list[list[int]
     return prompts, computed
 
 
-def held_out_rows(db: PromptDB, prompts: Sequence[list[int]], layer: int, rows: dict[str, str]) -> torch.Tensor:
-    """Read all held-out rows, ``[n, d]``."""
-    return torch.cat([db.activations(each, POINT, layer, namespace=HELD_OUT, **rows) for each in prompts]).float()
-
-
 class Training:
     """A sparse autoencoder, its optimiser, and how far it has come; goes on from its file, if that is there."""
 
@@ -81,9 +77,10 @@ class Training:
         self.path, self.data = path, data
         self.epoch, self.num_batches = 0, 0  # of the epoch
         self.log: list[float] = []  # the share of the variance that was explained, by batch
-        self.setting = {
-            name: getattr(args, name) for name in ("layer", "features", "active", "batch_size", "workers", "seed")
-        } | {"rows": data.num_rows}
+        names = ("layer", "features", "active", "batch_size", "workers", "seed")
+        self.setting = {name: getattr(args, name) for name in names} | {"rows": data.num_rows}
+        spans = b"".join(shard.node for shard in data.shards)  # IDs, which say the model and the text
+        self.setting["spans"] = hashlib.sha256(spans).hexdigest()[:16]
         torch.manual_seed(args.seed)
         self.sae = TopK(next(iter(data)).float(), args.features, args.active)
         self.optimizer = torch.optim.Adam(self.sae.parameters(), lr=1e-3)
@@ -144,12 +141,10 @@ def evaluate(sae: TopK, rows: torch.Tensor) -> tuple[dict[str, float], torch.Ten
     rebuilt, features = sae(rows)
     is_active = features > 0
     # The best that as many directions can do, if all rows must share them:
-    directions = torch.linalg.svd(rows - rows.mean(0), full_matrices=False)[1]
+    variances = torch.linalg.svdvals(rows - rows.mean(0)).square()
     figures = {
         "explained variance": explained(rows, rebuilt),
-        "explained by as many principal components": float(
-            directions[: sae.num_active].square().sum() / directions.square().sum()
-        ),
+        "explained by as many principal components": float(variances[: sae.num_active].sum() / variances.sum()),
         "L0 (active features of a row)": float(is_active.sum(1).float().mean()),
         "features that were never active": float((~is_active.any(0)).float().mean()),
     }
@@ -196,7 +191,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         print(f"{data.num_rows:,} rows, in shuffled batches of {args.batch_size:,}, from {args.workers} workers")
         training = Training(args.out / "sae.pt", data, args)
         training.run(args.epochs, args.stop_after)
-        figures, frequency = evaluate(training.sae, held_out_rows(db, held_out, args.layer, rows))
+        unseen = [db.activations(prompt, POINT, args.layer, namespace=HELD_OUT, **rows) for prompt in held_out]
+        figures, frequency = evaluate(training.sae, torch.cat(unseen).float())
     for label, value in figures.items():
         print(f"{label:45} {value:.3f}")
     plot(args.out / "sae.png", training.log, frequency)
