@@ -20,6 +20,7 @@ from promptdb.activations import Series
 from promptdb.collector import dtype_name, encode_rows
 from promptdb.errors import InputTypeError, NotRecordedError, StoreError
 from promptdb.keys import Root, pack_tokens
+from promptdb.recordings import RecordedRows
 from promptdb.shards import FORMATS, export_activations
 from promptdb.testing import encode_tokens
 
@@ -39,7 +40,8 @@ def record(db, prompts=PROMPTS, shape=(6,), dtype="float32", point="post-mlp", l
             count = step.span_tokens
             offsets = list(range(count)) if step.end < len(ids) or count < 3 else list(range(0, count, 2))
             rows = torch.randn(len(offsets), *shape, generator=generator, dtype=torch.float64)
-            db.put_activations([encode_rows(step.node, series, rows, offsets)])
+            value = encode_rows(series, [rows], offsets, step.start)
+            db.put_activations([RecordedRows(step.node, series, value)])
 
 
 def recorded(db, prompts=PROMPTS, point="post-mlp", layer=1):
@@ -211,6 +213,7 @@ import sys
 sys.modules[{library!r}] = None
 from promptdb import PromptDB
 from promptdb.errors import MissingLibraryError
+from promptdb.recordings import RecordedRows
 from promptdb.shards import export_activations
 with PromptDB({str(store_path)!r}, readonly=True) as db:
     try:
