@@ -16,7 +16,7 @@ Copy = tuple[Any, memoryview]
 
 # Fewer are copied before a thread has woken up.
 _LEAST_BYTES = 2 << 20
-_MOST_THREADS = 4
+_MOST_THREADS = min(4, os.cpu_count() or 1)
 
 _pool: ThreadPoolExecutor | None = None
 
@@ -32,7 +32,7 @@ def copy_all(copies: Sequence[Copy]) -> None:
 
     arrays = [(np.frombuffer(target, np.uint8), np.frombuffer(source, np.uint8)) for target, source in copies]
     waiting = iter(arrays)  # all threads take from it: a step of a list's iterator is one step of the interpreter
-    threads = min(_MOST_THREADS, len(arrays), os.cpu_count() or 1)
+    threads = min(_MOST_THREADS, len(arrays))
     if sum(source.nbytes for _, source in arrays) < _LEAST_BYTES or threads < 2:
         _work(waiting)
         return
