@@ -28,6 +28,7 @@ import statistics
 import struct
 import tempfile
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -191,7 +192,7 @@ POINTS = (
 
 def measure(directory: Path, repeat: int) -> tuple[Taking, list[dict]]:
     """Fit the model to this machine, and hold it against the simulated link."""
-    with server(directory) as (url, client):
+    with server(directory) as (url, client), ExitStack() as open_links:
         port = int(url.rpartition(":")[2])
         with PromptDB(directory / "source", shared=SharedOptions(url, timeout_s=30), chunk_tokens=SPAN_TOKENS) as db:
             for number in LENGTHS:
@@ -199,15 +200,20 @@ def measure(directory: Path, repeat: int) -> tuple[Taking, list[dict]]:
             push(db, connect(db))
             assert connect(db).flush(60)
         assert client.dbsize()
-        taken = [(number, min(fetch_s(url, directory, number) for _ in range(repeat))) for number in LENGTHS]
-        taking = fitted(taken)
-        rows = []
-        for trip_s, gbit, number in POINTS:
-            with simulated(port, trip_s, gbit * GBIT) as link:
-                took = min(fetch_s(f"redis://127.0.0.1:{link}", directory, number) for _ in range(repeat))
-            said = taking.fetch_s(number, TOKEN_BYTES, trip_s, gbit * GBIT)
-            row = {"round trip ms": 1000 * trip_s, "Gbit/s": gbit, "tokens": number, "measured ms": 1000 * took}
-            rows.append({**row, "model ms": 1000 * said, "model / measured": said / took})
+        links = [open_links.enter_context(simulated(port, trip_s, gbit * GBIT)) for trip_s, gbit, _ in POINTS]
+        bare: list[list[float]] = [[] for _ in LENGTHS]
+        linked: list[list[float]] = [[] for _ in POINTS]
+        for _ in range(repeat):  # in turn, so that what else the machine does is the same for all
+            for samples, number in zip(bare, LENGTHS, strict=True):
+                samples.append(fetch_s(url, directory, number))
+            for samples, link, (*_, number) in zip(linked, links, POINTS, strict=True):
+                samples.append(fetch_s(f"redis://127.0.0.1:{link}", directory, number))
+    taking = fitted([(number, min(samples)) for number, samples in zip(LENGTHS, bare, strict=True)])
+    rows = []
+    for (trip_s, gbit, number), samples in zip(POINTS, linked, strict=True):
+        said, took = taking.fetch_s(number, TOKEN_BYTES, trip_s, gbit * GBIT), min(samples)
+        row = {"round trip ms": 1000 * trip_s, "Gbit/s": gbit, "tokens": number, "measured ms": 1000 * took}
+        rows.append({**row, "model ms": 1000 * said, "model / measured": said / took})
     return taking, rows
 
 
