@@ -18,7 +18,7 @@ from promptdb.keys import TOKEN_BYTES, PrefixHasher, Root
 from promptdb.recordings import RecordedRows
 from promptdb.trie import match
 
-_BATCH_BYTES = 32 << 20
+_BATCH_BYTES = 16 << 20
 _BATCH_SPANS = 256
 OTHER_LAYOUT = "a span is laid out otherwise than those of the same weights in the store"
 
