@@ -320,8 +320,9 @@ def import_archive(
 
     Notes
     -----
-    Memory: one span, and a batch of 16 MiB, twice while it is written. Transactions are as large as a batch. Not bound to the cuts of the store:
-    spans are stored as they are in the file, and cut off where the store has their first tokens.
+    Memory: one span, and a batch of 16 MiB, twice while it is written. Transactions are as large as a batch. Not bound
+    to the cuts of the store: spans are stored as they are in the file, and cut off where the store has their first
+    tokens.
     """
     return _read(db, file, options or ImportOptions(), progress)
 
