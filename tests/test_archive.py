@@ -638,6 +638,22 @@ def kill_after(process, seconds):
     return process.communicate(timeout=TIMEOUT_S)[0] == "done\n"
 
 
+def kill_when(process, happened):
+    assert process.stdout.readline() == "ready\n"
+    while process.poll() is None and not happened():
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    process.communicate(timeout=TIMEOUT_S)
+
+
+def num_spans(path):
+    try:
+        with PromptDB(path, readonly=True) as db:
+            return db.stat()["num_nodes"]
+    except StoreError:  # not there yet
+        return 0
+
+
 @pytest.fixture
 def many(tmp_path):
     """A store with a thousand spans: an import takes a second or so."""
@@ -653,10 +669,13 @@ def test_imports_that_are_killed_go_on(many, tmp_path):
     file = tmp_path / "out.archive"
     spans = export_nodes(db, Selection(), file).num_spans
     source = random.Random(1)
-    stored, was_partial, most_s = 0, 0, 0.6
-    for _ in range(12):
-        most_s *= 1 if stored else 1.4  # on a busy machine, nothing is stored by then
-        kill_after(child("import", tmp_path / "other", file), source.uniform(0, most_s))
+    stored, was_partial = 0, 0
+    for number in range(12):
+        process = child("import", tmp_path / "other", file)
+        if number % 2:  # when a transaction is through, whatever that takes here
+            kill_when(process, lambda before=stored: num_spans(tmp_path / "other") > before)
+        else:
+            kill_after(process, source.uniform(0, 0.6))
         with PromptDB(tmp_path / "other") as other:
             assert other.verify() == []
             assert stored <= other.stat()["num_nodes"] <= spans

@@ -58,6 +58,7 @@ def check(results, prompts):
         torch.testing.assert_close(found.logits, logits[-1], atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 @needs_redis()
 def test_fetching_hides_behind_computing(tmp_path, far, monkeypatch):
     """Over a slow link, the whole takes less time than fetching and computing one after the other."""

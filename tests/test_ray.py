@@ -140,6 +140,7 @@ def documented():
     return code
 
 
+@pytest.mark.slow
 def test_the_documented_batch_job(machines, model, tmp_path, capsys):
     code = documented().replace("/models/demo", model).replace("redis://cache.example:6379", f"file://{tmp_path}/far")
     for name, instead in (("num_gpus=1", "num_cpus=1"), (", 8\n", ", 1\n"), ("load_texts()", "TEXTS")):
