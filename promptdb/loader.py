@@ -15,7 +15,6 @@ from promptdb.cost import CostModel
 from promptdb.errors import CorruptDataError
 from promptdb.events import warn
 from promptdb.format import Layout
-from promptdb.keys import prefix_digests
 from promptdb.kv import ScoreReader, copy_of, load_cache, load_scores, span_copies, stored_layout
 from promptdb.scores import TokenScores
 from promptdb.served import Served
@@ -38,11 +37,10 @@ class Loader:
 
         Neither keys nor values are read. None if something is gone or damaged.
         """
-        (end,) = prefix_digests(match.root.digest, match.packed, [match.num_tokens])
         try:
             with self._db.read() as snapshot:
                 scores = load_scores(snapshot, match, match.num_tokens)
-                view = snapshot.logits(end)
+                view = snapshot.logits(match.end_digest)
                 if scores is None or view is None:
                     return None
                 return copy_of(view).to(device), scores
@@ -54,10 +52,9 @@ class Loader:
         """Return the logits ``[vocabulary]`` after a match, on the CPU, or None if they are not stored or damaged."""
         if not match.has_logits:
             return None
-        (end,) = prefix_digests(match.root.digest, match.packed, [match.num_tokens])
         try:
             with self._db.read() as snapshot:
-                view = snapshot.logits(end)
+                view = snapshot.logits(match.end_digest)
                 return None if view is None else copy_of(view)
         except CorruptDataError as error:
             self._heal(match, error)
@@ -101,8 +98,7 @@ class Loader:
                     scores = reader.read(match, match.num_tokens)
                     view, is_wanted = None, want_logits and match.is_complete
                     if is_wanted:
-                        (end,) = prefix_digests(match.root.digest, match.packed, [match.num_tokens])
-                        view = snapshot.logits(end)
+                        view = snapshot.logits(match.end_digest)
                     is_gone = scores is None or (is_wanted and view is None)
                     logits = None if view is None else copy_of(view, slab).to(device)
                     found.append(None if is_gone or scores is None else (scores, logits))
@@ -177,5 +173,4 @@ class Loader:
             with suppress(KeyError):  # somebody else was faster
                 self._db.remove(error.node, only=True)
         else:
-            (end,) = prefix_digests(match.root.digest, match.packed, [match.num_tokens])
-            self._db.remove_logits(match.root, end)
+            self._db.remove_logits(match.root, match.end_digest)

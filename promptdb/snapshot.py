@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from promptdb.access import AccessLog
 from promptdb.blobs import TensorView, parse_blob
@@ -65,6 +65,12 @@ class Match:
     num_tokens: int
     has_logits: bool
     is_damaged: bool = False  # the index could not be read: what is stored is not known
+    known_digest: bytes = field(default=b"", repr=False, compare=False)
+
+    @property
+    def end_digest(self) -> bytes:
+        """Prefix digest of the tokens that are stored."""
+        return self.known_digest or PrefixHasher(self.root.digest, self.packed).at(self.num_tokens)
 
     @property
     def is_complete(self) -> bool:
@@ -107,7 +113,7 @@ class Snapshot:
         if self._accesses is not None and walk.steps:
             self._accesses.touch(walk.steps[-1].node, now)
         has_logits = walk.num_tokens > 0 and reader.size(LOGITS, walk.end_digest) is not None
-        return Match(root, packed, walk.steps, walk.num_tokens, has_logits)
+        return Match(root, packed, walk.steps, walk.num_tokens, has_logits, known_digest=walk.end_digest)
 
     def _alive(self, walk: Walk, root: Root, packed: bytes, now: float) -> Walk:
         for number, step in enumerate(walk.steps):

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 _PROBES = ("Hello there.", " General\n\nKenobi  ", "naïve 你好 🙂\t42")
 
+_FALSE, _TRUE = pack_tokens([0]), pack_tokens([1])
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -209,6 +211,8 @@ def as_prompt(prompt: Any, encoder: Encoder) -> Prompt:
         raise EmptyPromptError("the prompt is empty", "give at least one token")
     if all(isinstance(piece, str) for piece in prompt):
         return encoder.encode(prompt)
-    if bool in set(map(type, prompt)):
+    packed = pack_tokens(prompt)
+    # Looking at every type takes longer than packing: only where there is a 0 or 1, or what looks like it.
+    if (_FALSE in packed or _TRUE in packed) and bool in set(map(type, prompt)):
         raise InputTypeError("token IDs must be integers, not booleans", "is this an attention mask?")
-    return Prompt(pack_tokens(prompt))
+    return Prompt(packed)
