@@ -267,7 +267,7 @@ class ScoreReader:
     def __init__(self, snapshot: Snapshot) -> None:
         self._snapshot = snapshot
         self._spans: dict[bytes, ScoreBytes] = {}
-        # What comes before the last step of a match, by the step before that: its node tells of all before it.
+        # By the last step of a path: its node tells of all before it.
         self._paths: dict[tuple[bytes, int], tuple[bytearray, bytearray]] = {}
 
     def read(self, match: Match, num_tokens: int) -> TokenScores | None:
@@ -275,32 +275,36 @@ class ScoreReader:
 
         Returns None, and raises, as :func:`load_cache` does.
         """
-        steps = match.steps
-        if not steps or num_tokens <= 0:
+        steps = [step for step in match.steps if step.start < num_tokens]
+        if not steps:
             return TokenScores.unknown(0)
-        is_whole = num_tokens > steps[-1].start
-        before = (steps[-2].node, steps[-2].num_tokens) if is_whole and len(steps) > 1 else None
-        known = self._paths.get(before) if before is not None else None
-        if known is not None:
-            logprobs, greedy_ids = bytearray(known[0]), bytearray(known[1])
-            steps = steps[-1:]
-        else:
-            logprobs, greedy_ids = bytearray(), bytearray()
-        for step in steps:
-            used = min(step.num_tokens, num_tokens - step.start)
-            if used <= 0:
-                break
-            if before is not None and known is None and step is steps[-1]:
-                self._paths[before] = bytearray(logprobs), bytearray(greedy_ids)
-            found = self._span(step)
-            if found is None:
-                return None
-            logprobs += found[0][: 4 * used]
-            greedy_ids += found[1][: 4 * used]
+        before = self._joined(steps[:-1])
+        last = None if before is None else self._span(steps[-1])
+        if before is None or last is None:
+            return None
+        used = min(steps[-1].num_tokens, num_tokens - steps[-1].start)
         # Bytes are joined, not tensors: a batch reads thousands of short spans.
+        logprobs, greedy_ids = (part + bytes(more[: 4 * used]) for part, more in zip(before, last, strict=True))
         return TokenScores(
             torch.frombuffer(logprobs, dtype=torch.float32), torch.frombuffer(greedy_ids, dtype=torch.int32)
         )
+
+    def _joined(self, steps: Sequence[Step]) -> tuple[bytearray, bytearray] | None:
+        """Return the scores of whole steps, one after the other; they must not be written to."""
+        if not steps:
+            return bytearray(), bytearray()
+        key = steps[-1].node, steps[-1].num_tokens
+        joined = self._paths.get(key)
+        if joined is None:
+            joined = bytearray(), bytearray()
+            for step in steps:
+                found = self._span(step)
+                if found is None:
+                    return None
+                for part, more in zip(joined, found, strict=True):
+                    part += more[: 4 * step.num_tokens]
+            self._paths[key] = joined
+        return joined
 
     def _span(self, step: Step) -> ScoreBytes | None:
         found = self._spans.get(step.node)
