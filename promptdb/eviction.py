@@ -14,6 +14,7 @@ from promptdb.pins import drop_expired_pins
 
 # Room beyond what a put needs, so that not every put has to make some; and the most that one put removes for it.
 FULL_SHARE = 0.95
+LEAST_SHARE = 0.8  # what stays, however much a put writes
 MAX_SPARE_NODES = 256
 # A disk with so much room, or an eighth of what the store holds if that is more, is not full.
 FREE_AGAIN_BYTES = 64 << 20
@@ -38,7 +39,11 @@ def keep_quota(ledger: Ledger) -> None:
     kept_bytes = usage.pinned_bytes + sum(life.size_bytes for life in lives if not life.pinned_unix_s)
     if kept_bytes > quota:
         raise _refusal(ledger, kept_bytes)
-    evict(ledger, enough_bytes=quota, goal_bytes=int(FULL_SHARE * quota))
+    # LMDB uses pages again in the second transaction after the one that freed them. Without room for two more of what
+    # has just come, the file grows although much of it is free.
+    room_bytes = 2 * max(0, usage.charged_bytes - ledger.begun_bytes)
+    goal_bytes = max(int(LEAST_SHARE * quota), min(int(FULL_SHARE * quota), quota - room_bytes))
+    evict(ledger, enough_bytes=quota, goal_bytes=goal_bytes)
     if usage.charged_bytes > quota:
         raise _refusal(ledger, usage.charged_bytes)
 

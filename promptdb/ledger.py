@@ -75,6 +75,7 @@ class Ledger:
     Attributes
     ----------
     usage, limits : the store's totals and settings.
+    begun_bytes : what was charged when the transaction began.
     protected : nodes that must not be evicted now: what the transaction has stored, and what it stands on.
     """
 
@@ -88,6 +89,7 @@ class Ledger:
         """Forget what was not written, and read the totals again: the store was repaired."""
         usage = read_usage(self.writer)
         self.usage = upgrade(self.writer) if usage is None else usage
+        self.begun_bytes = self.usage.charged_bytes
         self._written_usage = replace(self.usage)
         self._held: dict[bytes, _Held] = {}
         self._totals: dict[Root, Counter[str]] = {}

@@ -170,6 +170,7 @@ class Model:
         ttl = self.ttls.get(root.namespace) if ttl is None else ttl
         expires = math.inf if ttl is None else self.now + ttl
         self.flush()
+        begun = self.charged()
         protected = set()
         path = self.walk(root, tokens)
         while True:
@@ -206,16 +207,18 @@ class Model:
                 owner = self.walk(root, tokens[:position])[-1].node
                 self.logits[key] = owner
                 self.spans[owner].size += item(32, 16 + 32 + len(LOGITS_BLOB))
-        self.keep_quota(protected)
+        self.keep_quota(protected, begun)
 
-    def keep_quota(self, protected: set[bytes]) -> None:
+    def keep_quota(self, protected: set[bytes], begun: int | None = None) -> None:
         if not self.quota or self.charged() <= self.quota:
             return
         self.drop_pins()
         kept = sum(span.size for node, span in self.spans.items() if node in protected or self.pinned_until(node))
         if kept > self.quota:
             raise TooLarge
-        self.evict(self.quota, int(0.95 * self.quota), protected)
+        grown = 0 if begun is None else self.charged() - begun
+        goal = min(int(0.95 * self.quota), max(int(0.8 * self.quota), self.quota - 2 * grown))
+        self.evict(self.quota, goal, protected)
         if self.charged() > self.quota:
             raise TooLarge
 
