@@ -161,6 +161,8 @@ def test_rows_of_several_lengths_are_no_table(engine, db):
         db.activation_dataset(N.ATTN_PROBS, 0)
     with pytest.raises(InputTypeError, match="do not fit into one table"):
         db.recorded_spans(N.ATTN_PROBS, 0)
+    with pytest.raises(InputTypeError, match="no common size"):
+        db.activation_norms(IDS, N.ATTN_PROBS)
 
 
 def entry_blob(num_items, offsets=None, lengths=None, dtype="F32"):
