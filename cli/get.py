@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -147,14 +147,18 @@ def _find(
 
 def _opened(path: str | None, shared: str | None) -> PromptDB:
     """Open a store to look prompts up; for writing if something may come from a shared one."""
-    with PromptDB(path, readonly=True) as db, db.read() as snapshot:
-        options = resolve(shared, False, snapshot.reader)
-    if options is not None:
-        try:
-            # A lookup sends nothing, and does not wait for what others have left to be sent.
-            return PromptDB(path, shared=replace(options, readonly=True))
-        except ReadOnlyStoreError as error:
-            click.echo(f"{error.message}: nothing is fetched from the shared store", err=True)
+    with ExitStack() as stack:
+        db = stack.enter_context(PromptDB(path, readonly=True))
+        with db.read() as snapshot:
+            options = resolve(shared, False, snapshot.reader)
+        if options is None:
+            stack.pop_all()  # it stays open, for the caller to close
+            return db
+    try:
+        # A lookup sends nothing, and does not wait for what others have left to be sent.
+        return PromptDB(path, shared=replace(options, readonly=True))
+    except ReadOnlyStoreError as error:
+        click.echo(f"{error.message}: nothing is fetched from the shared store", err=True)
     return PromptDB(path, readonly=True)
 
 
