@@ -113,7 +113,7 @@ def build(db: PromptDB, num_nodes: int) -> list[bytes]:
     for parent, child_hash, start, span in content(source, num_nodes, prompts):
         node = node_id(child_hash, span)
         entry = BlobEntry(len(BLOB), checksum(node + b"lp", BLOB))
-        record = NodeRecord(ROOT, parent, child_hash, start, span, layout, {"lp": entry}, 0.0, 0.0)
+        record = NodeRecord(ROOT, parent, child_hash, start, span, layout, {"lp": entry}, 0.0, 0.0, {})
         batch[NODES].append((node, record.pack(node)))
         batch[CHILDREN].append((child_key(child_hash, span), node + span))
         batch[BLOBS].append((node + b"lp", BLOB))

@@ -23,7 +23,7 @@ from promptdb.explain import Explanation, explain
 from promptdb.extender import Extender, Fetch, nothing_found
 from promptdb.forecast import Forecast
 from promptdb.interventions import Intervention, exact_id
-from promptdb.keys import KV_CODECS, Root, unpack_tokens
+from promptdb.keys import KV_CODECS, Root
 from promptdb.registration import register
 from promptdb.representation import Representation
 from promptdb.runner import Runner
@@ -463,7 +463,7 @@ class Engine:
     def _represent(self, result: Result, *, store: bool) -> Representation:
         assert result.logits is not None
         return Representation(
-            token_ids=tuple(unpack_tokens(result.asked.packed).tolist()),
+            packed=result.asked.packed,
             logits=result.logits,
             token_logprobs=result.scores.logprobs[1:],
             greedy_ids=result.scores.greedy_ids[1:],

@@ -229,13 +229,12 @@ class Extender:
             found = held.logits.clone(), held.scores.clone()
         if found is None:
             return None
-        token_ids = tuple(unpack_tokens(match.packed))
         return Representation(
-            token_ids=token_ids,
+            packed=match.packed,
             logits=found[0],
             token_logprobs=found[1].logprobs[1:],
             greedy_ids=found[1].greedy_ids[1:],
-            tokens_loaded=len(token_ids),
+            tokens_loaded=num_tokens(match.packed),
             tokens_computed=0,
             lookup_s=looked_up - began,
             load_s=perf_counter() - looked_up,
@@ -317,7 +316,7 @@ class Extender:
         self.held = Held(root, asked.packed, cache, scores, last, is_stored)
         kept = scores[1:].clone()
         return Representation(
-            token_ids=tuple(unpack_tokens(asked.packed)),
+            packed=asked.packed,
             # Copies: what the caller does with them must not reach what is held.
             logits=last.clone() if result.all_logits is None else result.all_logits,
             token_logprobs=kept.logprobs,

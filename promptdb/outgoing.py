@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Set
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from promptdb.activations import cut_entry, read_entry
 from promptdb.db import PromptDB
@@ -169,7 +169,7 @@ class Outgoing:
                 raise CorruptDataError(f"span {node.hex()[:12]} was stored without {kind}")
             blobs[kind] = own_tensors(record, kind, tensors)
         entries = {kind: BlobEntry(len(blob), checksum(node + kind.encode(), blob)) for kind, blob in blobs.items()}
-        record = replace(record, blobs=entries)
+        record = record._replace(blobs=entries)
         check_record(record)
         check_blobs(record, blobs)
         attached, logits = [], []

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import BinaryIO, cast
 
 from promptdb.db import PromptDB
@@ -75,8 +75,8 @@ class Parcel:
         blobs = trim(record, self.blobs, skip, stop)
         entries = {kind: BlobEntry(len(blob), checksum(node + kind.encode(), blob)) for kind, blob in blobs.items()}
         compute_s = record.compute_s * (stop - skip) / record.num_tokens
-        cut = replace(
-            record, child_hash=child_hash, start=start, span=tokens, blobs=entries, compute_s=compute_s, parent=b""
+        cut = record._replace(
+            child_hash=child_hash, start=start, span=tokens, blobs=entries, compute_s=compute_s, parent=b""
         )
         logits = tuple(each for each in self.logits if start < each[0] <= end)
         return Parcel(node, cut, packed[: start * TOKEN_BYTES], blobs, logits)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from promptdb.errors import StoreError
+from promptdb.keys import num_tokens, unpack_tokens
 
 if TYPE_CHECKING:
     import torch
@@ -20,6 +22,7 @@ class Representation:
 
     Attributes
     ----------
+    packed : the n token IDs as :func:`promptdb.keys.pack_tokens` packs them.
     token_ids : the n token IDs.
     logits : next-token logits after the last token, ``[vocabulary]`` in the model's dtype; after every token,
         ``[n, vocabulary]``, if all were asked for.
@@ -39,7 +42,7 @@ class Representation:
     representations stays small.
     """
 
-    token_ids: tuple[int, ...]
+    packed: bytes = field(repr=False)
     logits: torch.Tensor
     token_logprobs: torch.Tensor
     greedy_ids: torch.Tensor
@@ -53,12 +56,17 @@ class Representation:
 
     def __getstate__(self) -> dict[str, object]:
         # The engine stays behind: a copy in another process cannot fetch keys and values.
-        return {name: value for name, value in vars(self).items() if name != "_fetch"}
+        return {name: value for name, value in vars(self).items() if name not in ("_fetch", "token_ids")}
+
+    @cached_property
+    def token_ids(self) -> tuple[int, ...]:
+        """The n token IDs. Made when first asked for: a batch returns thousands of prompts."""
+        return tuple(unpack_tokens(self.packed).tolist())
 
     @property
     def num_tokens(self) -> int:
         """Length of the prompt in tokens."""
-        return len(self.token_ids)
+        return num_tokens(self.packed)
 
     def past_key_values(self, num_tokens: int | None = None) -> PromptCache:
         """Return a fresh cache that the caller owns, ready for ``model(..., past_key_values=cache)``.

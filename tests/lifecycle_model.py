@@ -284,7 +284,7 @@ def size_of(span: Span, child_hash: bytes) -> int:
     blob = payload(span.tokens, span.start, span.end, span.compute_s).blobs["tokens"]
     entries = {"tokens": BlobEntry(len(blob), checksum(b"", blob))}
     record = NodeRecord(
-        span.root, span.parent, child_hash, span.start, tokens, (), entries, span.created, span.compute_s
+        span.root, span.parent, child_hash, span.start, tokens, (), entries, span.created, span.compute_s, {}
     )
     total = 256 + item(32, len(record.pack(span.node))) + item(36, 32 + len(tokens))
     return total + item(32 + len("tokens"), len(blob))

@@ -47,7 +47,7 @@ def content(db):
         timed = (NODES, "meta", "life", "queue")
         tables = {name: list(snapshot.reader.scan(name)) for name in TABLES if name not in timed}
         found = {name: [(key, bytes(value)) for key, value in items] for name, items in tables.items()}
-    return found, db.usage(), [(node, {**vars(record), "created_unix_s": 0.0}) for node, record in db.nodes()]
+    return found, db.usage(), [(node, record._replace(created_unix_s=0.0)) for node, record in db.nodes()]
 
 
 @pytest.fixture

@@ -288,7 +288,7 @@ def test_forged_content_is_noticed(machine):
     kv[-4:] = b"\xff\xff\xff\x7f"
     entries = dict(parcel.record.blobs)
     entries["kv"] = BlobEntry(len(kv), checksum(parcel.node + b"kv", kv))
-    nan = replace(parcel, record=replace(parcel.record, blobs=entries), blobs={**parcel.blobs, "kv": kv})
+    nan = replace(parcel, record=parcel.record._replace(blobs=entries), blobs={**parcel.blobs, "kv": kv})
     for value in (bytes(nan.pack()), b"\0", b"not an archive at all", good[:1000]):
         forge(one.far, key, entry, value)
         assert two.pull(PROMPT[:16]) == 0
