@@ -22,6 +22,7 @@ from typing import Any, Protocol
 
 import lmdb
 
+from promptdb.allocator import keep_freed_memory
 from promptdb.errors import CorruptDataError, NotAStoreError, PromptDBError, StoreError
 from promptdb.filesystem import sync_directory
 from promptdb.format import META, STORE_KEY, TABLES
@@ -152,6 +153,7 @@ class Environment:
             "mode": 0o600,
         }
         if not self.readonly:
+            keep_freed_memory()
             env = lmdb.open(str(self.path), create=True, **options, **DURABILITIES[self.durability])
             env.reader_check()  # readers that were killed hold pages back
             return env

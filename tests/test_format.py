@@ -100,9 +100,7 @@ def test_unknown_fields_are_ignored():
     assert NodeRecord.unpack(KEY, resealed({**fields_of(), "later": [1, 2]})) == RECORD
 
 
-@pytest.mark.parametrize(
-    "name", [name for name in NodeRecord._fields if name != "span"] + ["tokens"]
-)
+@pytest.mark.parametrize("name", [name for name in NodeRecord._fields if name != "span"] + ["tokens"])
 def test_missing_fields_are_refused(name):
     fields = fields_of()
     del fields[name]
