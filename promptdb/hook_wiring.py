@@ -43,7 +43,8 @@ class Attachment:
     pctx : the hooks. Those that are added to it later are not attached.
     last_layer : end each pass, with :class:`StopPass`, after this layer.
     is_identified : the hooks change nothing, or carry an ID under which their results are stored: the model still
-        counts as identified.
+        counts as identified. Of keys and values, they change those of new tokens only, whether a prompt is computed in
+        one pass or in several.
 
     Raises
     ------
@@ -253,7 +254,14 @@ class Attachment:
         # Keys and values are those of the last tokens; so are logits, where only some are kept.
         first = total - count if name in (N.KEY_STATES, N.VALUE_STATES, N.LOGITS) else self._first
         result: torch.Tensor = self.pctx.call(self._bound[where], given, first, total, dim, layer)
-        return x if result is given else result.reshape(x.shape)
+        if result is given:
+            return x
+        past = self._first - first
+        if past > 0 and self._is_identified and name in (N.KEY_STATES, N.VALUE_STATES):
+            # Those of the past, loaded or kept, have been changed already.
+            kept, new = given.narrow(dim, 0, past), result.narrow(dim, past, count - past)
+            result = torch.cat((kept, new), dim)
+        return result.reshape(x.shape)
 
 
 def _refuse_skipping(model: torch.nn.Module) -> None:

@@ -87,7 +87,7 @@ class Intervention:
     @property
     def id(self) -> str:
         """64 hexadecimal digits, as things are now."""
-        hasher = FieldHasher("promptdb intervention")
+        hasher = FieldHasher("promptdb intervention 2")  # before, hooks could change keys and values once more
         hasher.field("name", self.name).field("version", self.version)
         if not self.causal:
             hasher.field("causal", 0)
@@ -124,7 +124,7 @@ class Intervention:
         runner.is_causal = self.causal
         if not self.causal:
             return
-        difference, tolerance = steps(runner)
+        difference, tolerance = steps(runner, {place for hook in self.hooks for place in _places(hook)})
         if difference > tolerance:
             raise UnsupportedModelError(
                 f"{self.name}: a prompt computed in steps differs from one in one pass by {difference:.1e} of the "
@@ -213,6 +213,13 @@ class Intervention:
 def exact_id(intervention_id: str, packed: bytes) -> str:
     """Return the ID under which results that hold for one sequence of tokens only are stored."""
     return FieldHasher("promptdb exact sequence").field("id", intervention_id).field("tokens", packed).digest().hex()
+
+
+def _places(hook: Hook) -> list[int]:
+    """Return the positions at which a hook begins and ends to touch rows, as far as they are known."""
+    at = hook.positions
+    numbers = [at.start, at.stop] if isinstance(at, slice) else [min(at), max(at)] if at else []
+    return [number for number in numbers if number is not None]
 
 
 def _first_position(hook: Hook) -> int:

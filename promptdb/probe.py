@@ -6,8 +6,9 @@ A position, mask or cache that an architecture reads in another way is silent ot
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from transformers.cache_utils import DynamicCache
@@ -66,8 +67,12 @@ def probe(runner: Runner) -> Probe:
 
 
 @torch.no_grad()
-def steps(runner: Runner) -> tuple[float, float]:
-    """Compare a plain pass, which is given nothing but the tokens, with the same tokens in three steps.
+def steps(runner: Runner, around: Collection[int] = ()) -> tuple[float, float]:
+    """Compare a plain pass, which is given nothing but the tokens, with the same tokens in several steps.
+
+    Parameters
+    ----------
+    around : positions after which something else happens than before: there are steps there, too.
 
     Returns
     -------
@@ -75,11 +80,17 @@ def steps(runner: Runner) -> tuple[float, float]:
         The largest difference relative to the largest logit, NaN if they are not finite; and what counts as equal.
     """
     tolerance = 1e-4 if runner.model.dtype in (torch.float32, torch.float64) else 5e-2
-    count = min(_TOKENS, runner.max_tokens or _TOKENS)
+    places = [0, *around]
+    count = min(_TOKENS + max(places), runner.max_tokens or _TOKENS + max(places))
     token_ids = _random_tokens(runner, count)
     plain = _plain(runner, token_ids)
-    found = runner.extend(token_ids, PromptCache(count), 0, set(), keep_all=True, pass_tokens=count // 3 + 1)
-    return _distance(torch.as_tensor(found.all_logits), plain), tolerance
+    # The step that meets a place, and two that find behind them what it made.
+    cuts = {place + after for place in places for after in (_TOKENS // 3, 2 * _TOKENS // 3)}
+    cache, rows = PromptCache(count), []
+    for start, end in pairwise(sorted({0, count} | {cut for cut in cuts if cut < count})):
+        found = runner.extend(token_ids[:end], cache, start, set(), keep_all=True)
+        rows.append(torch.as_tensor(found.all_logits))
+    return _distance(torch.cat(rows), plain), tolerance
 
 
 def _random_tokens(runner: Runner, count: int) -> torch.Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import TEXT, shared_model, shared_tokenizer
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from promptdb import Engine, PromptDB, Recorder
@@ -122,6 +122,37 @@ def test_the_boundary_is_exact(first):
             assert close(recorded.tensor(N.POST_MLP, 0)[:first], plain_rows[:first])
             assert not close(recorded.tensor(N.POST_MLP, 0)[first:], plain_rows[first:])
             assert db.verify() == []
+
+
+@pytest.mark.parametrize("arch", ["gpt2", "gemma2"])
+@pytest.mark.parametrize("point", [N.KEY_STATES, N.VALUE_STATES])
+def test_changed_keys_and_values_are_not_changed_again(arch, point):
+    """Whatever is loaded and wherever a pass begins, before or after the first token that is touched."""
+    model = shared_model(arch)
+    for first in (0, 33):
+        for cut in (12, 34, 41, 59):
+            with PromptDB.in_memory(chunk_tokens=8) as db:
+                steer = steering(first, point, _square, layers=1)
+                engine = Engine(db, model, shared_tokenizer(), intervention=steer, write_behind=False)
+                engine.put(IDS[:cut])
+                found = engine.get(IDS[:60])
+                assert cut < first or found.tokens_loaded == cut
+                assert right(engine, IDS[:60])
+                written = engine.generate(IDS[:60], max_new_tokens=3, do_sample=False)[0].tolist()
+                for end in range(60, len(written)):
+                    assert written[end] == int(plain_logits(model, written[:end], steer)[-1].argmax())
+
+
+def _running(x, pctx):
+    return x.cumsum(1)
+
+
+@pytest.mark.parametrize("positions", [slice(40, None), slice(None, 40), [2, 50], [50, 51, 52, 53, 54, 70]])
+def test_a_hook_is_tried_where_it_touches_something(positions):
+    """The rows that it gets in a later pass begin elsewhere: this one sums from there."""
+    later = Intervention("running", [Hook(N.ATTN_RESIDUAL, _running, layers=0, positions=positions)])
+    with PromptDB.in_memory() as db, pytest.raises(UnsupportedModelError, match="computed in steps differs"):
+        Engine(db, shared_model("llama"), shared_tokenizer(), intervention=later)
 
 
 def test_what_may_touch_any_token_shares_nothing():
@@ -252,6 +283,7 @@ KINDS = [
 
 
 @settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck))
+@example([(2, 53, 43, "get"), (2, 50, 45, "record")])
 @given(
     st.lists(
         st.tuples(
