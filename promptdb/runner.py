@@ -25,6 +25,7 @@ from promptdb.errors import (
     TrainModeError,
     UnsupportedModelError,
 )
+from promptdb.head import pooled_logits
 from promptdb.keys import num_tokens
 from promptdb.masks import Masks
 from promptdb.placement import device_of
@@ -357,7 +358,7 @@ class Runner:
         if "position_ids" in self._parameters:
             inputs["position_ids"] = positions.to(self.device)
         before, new = cache.get_seq_length(), input_ids.shape[1]
-        with self.alone():
+        with self.alone(), pooled_logits(self.model):
             output = self.model(**inputs)
         if output.past_key_values is not cache:
             raise UnsupportedModelError(
@@ -419,6 +420,7 @@ def _row_scores(
     indices = torch.empty(count, dtype=torch.int64, device=logits.device)
     on_cpu = logits.device.type == "cpu"
     rows_at_once = _SCORED_ROWS if on_cpu else 256
+    scratch = torch.empty((min(rows_at_once, count), logits.shape[1]), dtype=wide, device=logits.device)
     for first in range(0, count, rows_at_once):
         end = min(first + rows_at_once, count)
         rows = (logits[first:end] if used is None else logits[used[first:end]]).to(wide)
@@ -427,7 +429,7 @@ def _row_scores(
         largest = rows.gather(1, index)
         largest.masked_fill_(largest.isinf(), 0)  # infinity less infinity would be NaN
         highest[first:end] = largest[:, 0]
-        rest[first:end] = (rows - largest).exp_().sum(1).log_()
+        rest[first:end] = torch.sub(rows, largest, out=scratch[: end - first]).exp_().sum(1).log_()
         indices[first:end] = index[:, 0]
     return highest, rest, indices
 
