@@ -6,76 +6,67 @@ system at once: every pass would touch all of it as fresh pages, which takes a t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+from torch.nn.functional import linear
+from torch.overrides import TorchFunctionMode
 
 from promptdb.buffers import POOL
 from promptdb.cache import pooled_empty
-from promptdb.refusals import Interception
 
 # Smaller ones the C allocator keeps; larger ones would take the room of the pool's other buffers.
 _LEAST_BYTES = 8 << 20
 _MOST_BYTES = POOL.max_idle_bytes // 4
 
-_LINEAR = torch.nn.Linear
-_FORWARD = _LINEAR.forward
 
+def pooled_logits(model: Any, num_rows: int) -> AbstractContextManager[object]:
+    """Return a context in which a model's output layer writes into pooled memory. The numbers are the same, bit by bit.
 
-@contextmanager
-def pooled_logits(model: Any) -> Iterator[None]:
-    """Let a model's output layer write into pooled memory, inside the block; the numbers are the same, bit by bit.
+    Only where that pays: on the CPU, for large results. Neither the model nor other threads see anything of it.
 
-    Only where that layer is a plain ``torch.nn.Linear`` on the CPU that nobody has patched; others are left alone. The
-    caller sees to it that one thread at a time is in the block for a model.
+    Parameters
+    ----------
+    num_rows : rows that the output layer is going to be given.
 
     Notes
     -----
-    A tensor of logits owns its memory as long as anything refers to it: see :mod:`promptdb.buffers`.
+    A tensor of logits owns its memory as long as anything refers to it: see :mod:`promptdb.buffers`. Cost: some
+    microseconds for each call of a function of torch.
     """
-    layer = model.get_output_embeddings()
-    if not _is_plain(layer):
-        yield
-        return
-
-    def forward(states: torch.Tensor) -> torch.Tensor:
-        return _linear(layer, states)
-
-    vars(layer)["forward"] = Interception(layer.forward, forward)
-    try:
-        yield
-    finally:
-        vars(layer).pop("forward", None)
+    weight = getattr(model.get_output_embeddings(), "weight", None)
+    if type(weight) is not torch.nn.Parameter or weight.device.type != "cpu" or weight.dim() != 2:
+        return nullcontext()
+    if not _LEAST_BYTES <= num_rows * weight.shape[0] * weight.itemsize <= _MOST_BYTES:
+        return nullcontext()
+    return _Pooled(weight)
 
 
-def _is_plain(layer: Any) -> bool:
-    return (
-        type(layer) is _LINEAR
-        and _LINEAR.forward is _FORWARD
-        and "forward" not in vars(layer)
-        and type(layer.weight) is torch.nn.Parameter
-        and layer.weight.device.type == "cpu"
-    )
+class _Pooled(TorchFunctionMode):
+    def __init__(self, weight: torch.Tensor) -> None:
+        super().__init__()
+        self._weight = weight
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is linear and len(args) == 3 and args[1] is self._weight and not kwargs:
+            return _linear(*args)
+        return func(*args, **(kwargs or {}))
 
 
-def _linear(layer: torch.nn.Linear, states: torch.Tensor) -> torch.Tensor:
-    weight, bias = layer.weight, layer.bias
-    count, width = states.numel() // max(1, states.shape[-1]), weight.shape[0]
+def _linear(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     is_ordinary = (
         type(states) is torch.Tensor
         and (states.device, states.dtype) == (weight.device, weight.dtype)
         and not torch.is_grad_enabled()
         and not torch.is_autocast_enabled("cpu")
-        and _LEAST_BYTES <= count * width * weight.itemsize <= _MOST_BYTES
     )
     if not is_ordinary:
-        return _FORWARD(layer, states)
-    rows = states.reshape(count, states.shape[-1])
-    logits = pooled_empty((count, width), weight.dtype, weight.device)
+        return linear(states, weight, bias)
+    rows = states.reshape(-1, states.shape[-1])
+    logits = pooled_empty((rows.shape[0], weight.shape[0]), weight.dtype, weight.device)
     if bias is None:
         torch.mm(rows, weight.t(), out=logits)
     else:
         torch.addmm(bias, rows, weight.t(), out=logits)
-    return logits.view(*states.shape[:-1], width)
+    return logits.view(*states.shape[:-1], weight.shape[0])

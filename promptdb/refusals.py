@@ -69,7 +69,7 @@ def refuse_patched(where: str, module: torch.nn.Module) -> None:
 
 def refuse_hooks(where: str, hooks: Iterable[Callable[..., Any]]) -> None:
     """Refuse forward hooks, but for those that only take notes and those that carry :data:`IDENTIFIED`."""
-    for hook in hooks:
+    for hook in tuple(hooks):  # other threads attach theirs meanwhile
         origin, name = getattr(hook, "__module__", ""), getattr(hook, "__qualname__", type(hook).__qualname__)
         # Left behind by output_hidden_states=True: it only takes notes. The others let gradients reach the input.
         notes = origin == "transformers.utils.output_capturing"

@@ -358,7 +358,7 @@ class Runner:
         if "position_ids" in self._parameters:
             inputs["position_ids"] = positions.to(self.device)
         before, new = cache.get_seq_length(), input_ids.shape[1]
-        with self.alone(), pooled_logits(self.model):
+        with self.alone(), pooled_logits(self.model, input_ids.numel()):
             output = self.model(**inputs)
         if output.past_key_values is not cache:
             raise UnsupportedModelError(

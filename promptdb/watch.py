@@ -94,19 +94,22 @@ class _Snapshot:
         unique = {id(item): item for item in walk.containers}.values()
         self._empty = [item for item in unique if not item]  # most hook dicts: one any() looks into all of them
         self._filled = [item for item in unique if item]
+        # Other threads attach hooks and take them off: what is compared later is read once.
         self._copies = [type(item)(item) if isinstance(item, (list, set)) else dict(item) for item in self._filled]
         self._classes = [(cls, cls.forward) for cls in walk.classes]
         self._implementations = _implementations(model)
         self._attention = _attention_functions(self._implementations)
         # Objects that == would compare by content (tensors, configurations) must be the very same.
-        pairs = [
-            (item, key)
-            for item in self._filled
-            for key in (item if isinstance(item, dict) else range(len(item)) if isinstance(item, list) else ())
-            if type(item[key]) not in _PLAIN
+        held = [
+            (item, key, value)
+            for item, copy in zip(self._filled, self._copies, strict=True)
+            for key, value in (
+                copy.items() if isinstance(copy, dict) else enumerate(copy) if isinstance(copy, list) else ()
+            )
+            if type(value) not in _PLAIN
         ]
-        self._places = pairs
-        self._held = [item[key] for item, key in pairs]
+        self._places = [(item, key) for item, key, _ in held]
+        self._held = [value for _, _, value in held]
         self._versioned = [tensor for tensor in walk.tensors if not tensor.is_inference()]
         self._marks = self._tensor_marks()
         # Aliases keep the sampled memory allocated even if a tensor's .data is replaced between two checks.

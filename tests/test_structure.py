@@ -66,8 +66,8 @@ OWNERS = {
     "torch": {
         "arguments", "calls",
         "identity", "watch", "ambient", "cache", "staging", "scores", "quantise", "kv", "masks", "head", "runner",
-        "probe", "loader", "storer", "representation", "loading", "generation", "extender", "passes", "batch", "scoring",
-        "engine", "recompute", "text", "demo_models", "demo_training", "demo",
+        "probe", "loader", "storer", "representation", "loading", "generation", "extender", "passes", "batch",
+        "scoring", "engine", "recompute", "text", "demo_models", "demo_training", "demo",
         "hook_attention", "hook_loss", "hook_wiring", "hooked_model", "interventions", "rows", "recall", "dataset",
         "collector", "recorder", "artifact_values", "artifacts", "call_identity", "placement", "offloading",
     },
