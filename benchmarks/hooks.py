@@ -1,7 +1,7 @@
 """Recording POST_MLP of all layers of a GPT-2 (124M), 512 tokens: against a bare forward pass and other ways to record.
 
-Run: ``python benchmarks/hooks.py [--dir DIR] [--size gpt2] [--tokens N] [--rounds N]``. All take turns, round by round.
-TransformerLens (4) and nnsight take part where they are installed. What is timed is compared with the model's own
+Run: ``python benchmarks/hooks.py [--dir DIR] [--size gpt2] [--tokens N] [--rounds N]``. Each takes its turn between two bare
+passes. TransformerLens (4) and nnsight take part where they are installed. What is timed is compared with the model's own
 ``output_hidden_states`` first.
 """
 
@@ -43,6 +43,47 @@ def take_turns(rounds: int, works: dict[str, Callable[[], object]]) -> dict[str,
             samples[name].append(time.perf_counter() - began)
             del kept
     return {name: median(seconds[1:]) for name, seconds in samples.items()}
+
+
+Sample = tuple[float, float]
+
+
+def between(rounds: int, bare: Callable[[], object], works: dict[str, Callable[[], object]]) -> dict[str, list[Sample]]:
+    """Return each work's seconds in each round, and those of the bare passes just before and after it, on average.
+
+    The speed of a shared machine changes within seconds: what is compared has to stand side by side. The first round is
+    dropped.
+    """
+    samples: dict[str, list[Sample]] = {name: [] for name in works}
+
+    def timed(work: Callable[[], object]) -> float:
+        began = time.perf_counter()
+        kept = work()
+        took = time.perf_counter() - began
+        del kept
+        return took
+
+    for _ in range(rounds + 1):
+        before = timed(bare)
+        for name, work in works.items():
+            took, after = timed(work), timed(bare)
+            samples[name].append((took, (before + after) / 2))
+            before = after
+    return {name: taken[1:] for name, taken in samples.items()}
+
+
+def beside(measure: str, samples: list[Sample], target: str, count: int) -> Row:
+    ratios = [took / (count * bare) for took, bare in samples]
+    return {
+        "measure": measure,
+        "ms": round(median([took for took, _ in samples]) * 1e3, 3),
+        "alternative": "bare forward" if count == 1 else f"{count} bare forwards",
+        "alternative_ms": round(count * median([bare for _, bare in samples]) * 1e3, 3),
+        "ratio": round(median(ratios), 3),
+        "ratio_is": "time against the alternative, median of the rounds",
+        "target": target,
+        "ratios": " ".join(f"{ratio:.3g}" for ratio in ratios),
+    }
 
 
 def row(measure: str, seconds: float, other: str, other_seconds: float, target: str, *, speed: bool = False) -> Row:
@@ -136,32 +177,24 @@ def run(directory: Path, options: argparse.Namespace) -> tuple[list[Row], dict[s
         (first,) = recorder.run([sequence[0]])
         assert all(torch.allclose(first.tensor(POINT, n), kept[n][0], atol=1e-4) for n in range(layers))
         works: dict[str, Callable[[], object]] = {
-            "bare": bare, "plain_hooks": plain_hooks, "file": file, "in_memory": in_memory, "cold": cold,
+            "plain_hooks": plain_hooks, "file": file, "in_memory": in_memory, "cold": cold,
             "several": several, "stored": stored, "after_hit": after_hit, **others(model, ids, directory),
         }  # fmt: skip
-        times = take_turns(options.rounds, works)
-        rows += [
-            row("plain forward hooks, in memory", times["plain_hooks"], "bare forward", times["bare"], ""),
-            row("promptdb hooks, in memory", times["in_memory"], "bare forward", times["bare"], "<= 1.05"),
-            row("plain hooks and one safetensors file, fsynced", times["file"], "bare forward", times["bare"], ""),
-            row(
-                "Recorder, cold: KV, logits and rows, durable", times["cold"], "bare forward", times["bare"], "<= 1.15"
-            ),
-            row(
-                f"Recorder, cold, {SEVERAL} prompts in one run: written behind",
-                times["several"],
-                f"{SEVERAL} bare forwards",
-                SEVERAL * times["bare"],
-                "<= 1.15",
-            ),
-            row("engine.put alone, durable", times["stored"], "bare forward", times["bare"], ""),
-            row("Recorder, KV stored: rows, durable", times["after_hit"], "bare forward", times["bare"], "<= 1.15"),
-        ]
-        rows += [
-            row(f"{name}, in memory", times[name], "bare forward", times["bare"], "")
-            for name in ("transformer_lens", "nnsight")
-            if name in times
-        ]
+        measures = {
+            "plain_hooks": ("plain forward hooks, in memory", ""),
+            "in_memory": ("promptdb hooks, in memory", "<= 1.05"),
+            "file": ("plain hooks and one safetensors file, fsynced", ""),
+            "cold": ("Recorder, cold: KV, logits and rows, durable", "<= 1.15"),
+            "several": (f"Recorder, cold, {SEVERAL} prompts in one run: written behind", "<= 1.15"),
+            "stored": ("engine.put alone, durable", ""),
+            "after_hit": ("Recorder, KV stored: rows, durable", "<= 1.15"),
+            "transformer_lens": ("transformer_lens, in memory", ""),
+            "nnsight": ("nnsight, in memory", ""),
+        }
+        samples = between(options.rounds, bare, works)
+        for name, (measure, target) in measures.items():
+            if name in samples:
+                rows.append(beside(measure, samples[name], target, SEVERAL if name == "several" else 1))
         rows += recalling(db, first, layers, options.rounds)
         found = db.recorded()[0]
         raw = found.num_rows * model.config.hidden_size * 4
