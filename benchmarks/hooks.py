@@ -1,8 +1,8 @@
 """Recording POST_MLP of all layers of a GPT-2 (124M), 512 tokens: against a bare forward pass and other ways to record.
 
-Run: ``python benchmarks/hooks.py [--dir DIR] [--size gpt2] [--tokens N] [--rounds N]``. Each takes its turn between two bare
-passes. TransformerLens (4) and nnsight take part where they are installed. What is timed is compared with the model's own
-``output_hidden_states`` first.
+Run: ``python benchmarks/hooks.py [--dir DIR] [--size gpt2] [--tokens N] [--rounds N]``. Each takes its turn between two
+bare passes. TransformerLens (4) and nnsight take part where they are installed. What is timed is compared with the
+model's own ``output_hidden_states`` first.
 """
 
 from __future__ import annotations
