@@ -10,7 +10,7 @@ from blake3 import blake3
 
 from promptdb.errors import CorruptDataError
 from promptdb.events import note, warn
-from promptdb.far import Bytes, FarStore, TooLargeError, check_not_sealed, joined
+from promptdb.far import FarStore, TooLargeError, check_not_sealed, joined
 from promptdb.far_calls import FarCalls
 from promptdb.far_index import Entry, logits_key, root_key, span_key, value_key
 from promptdb.format import TOTALS, pack_root
@@ -145,21 +145,17 @@ class Pusher:
         """Send values, then their entries; return what was sent, and those that somebody else sent meanwhile."""
         if not parcels:
             return PushReport(), []
-        values = [parcel.pack() for _, parcel in parcels]
-        digests = [blake3(value, max_threads=blake3.AUTO).digest() for value in values]
-        fits = self._calls.many(
-            [partial(_put_value, value_key(digest), value) for digest, value in zip(digests, values, strict=True)]
-        )
+        values = self._calls.many([partial(_put_value, parcel) for _, parcel in parcels])
         entries, kept = [], []
-        for (key, parcel), digest, value, does_fit in zip(parcels, digests, values, fits, strict=True):
+        for (key, parcel), (digest, size_bytes, does_fit) in zip(parcels, values, strict=True):
             if not does_fit:
-                self._tell_size(parcel, len(value))
+                self._tell_size(parcel, size_bytes)
                 continue
             positions = tuple(position for position, _ in parcel.logits)
             record = parcel.record
-            entry = Entry(parcel.node, record.start, record.span, positions, digest, len(value))
+            entry = Entry(parcel.node, record.start, record.span, positions, digest, size_bytes)
             entries.append((key, self._signed(key, entry).pack(key)))
-            kept.append((key, parcel, len(value)))
+            kept.append((key, parcel, size_bytes))
         created = self._calls.write(lambda far: far.put(entries)) if entries else []
         won = [size for (_, _, size), is_new in zip(kept, created, strict=True) if is_new]
         lost = [(key, parcel) for (key, parcel, _), is_new in zip(kept, created, strict=True) if not is_new]
@@ -184,13 +180,18 @@ def _key(parcel: Parcel) -> str:
     return span_key(parcel.root.digest, parcel.record.child_hash, parcel.record.span)
 
 
-def _put_value(key: str, value: Bytes, far: FarStore) -> bool:
-    """Send a value, unless it should not be held there; return whether it is there now."""
+def _put_value(parcel: Parcel, far: FarStore) -> tuple[bytes, int, bool]:
+    """Send a parcel's value, unless it should not be held there; return its digest, its size, and whether it is there.
+
+    Packed here, so that some are made while others are on their way.
+    """
+    value = parcel.pack()
+    digest = blake3(value).digest()
     try:
-        far.put([(key, value)])
+        far.put([(value_key(digest), value)])
     except TooLargeError:
-        return False
-    return True
+        return digest, len(value), False
+    return digest, len(value), True
 
 
 def _delete(keys: Sequence[str], far: FarStore) -> None:
