@@ -27,6 +27,8 @@ __all__ = ["Intervention"]
 
 _HINT = "give what it depends on to Intervention(..., parameters={...}) or make it plain numbers, text or tensors"
 _PLAIN = (bool, int, float, str, bytes, type(None))
+# A hook is tried where it begins, in a prompt that reaches there.
+_MOST_TRIED_TOKENS = 2048
 
 
 class Intervention:
@@ -117,13 +119,20 @@ class Intervention:
         Raises
         ------
         UnsupportedModelError
-            The hooks do not fit the model; or a prompt that is computed in steps gives another result than in one pass.
+            The hooks do not fit the model; or a prompt that is computed in steps gives another result than in one pass,
+            or a hook touches single tokens so far from the start that this cannot be tried.
         """
         runner.attach = lambda: Attachment(runner.model, self.context(runner.model.config), is_identified=True)
         runner.exact_ways = frozenset()  # in a packed pass, places in the cache are no positions
         runner.is_causal = self.causal
         if not self.causal:
             return
+        for hook in self.hooks:
+            if _last_begin(hook) > _MOST_TRIED_TOKENS:
+                raise UnsupportedModelError(
+                    f"{hook!r}: what begins behind {_MOST_TRIED_TOKENS} tokens is not tried, so nothing can be stored",
+                    "Intervention(..., causal=False) stores whole prompts alone",
+                )
         difference, tolerance = steps(runner, {place for hook in self.hooks for place in _places(hook)})
         if difference > tolerance:
             raise UnsupportedModelError(
@@ -219,7 +228,13 @@ def _places(hook: Hook) -> list[int]:
     """Return the positions at which a hook begins and ends to touch rows, as far as they are known."""
     at = hook.positions
     numbers = [at.start, at.stop] if isinstance(at, slice) else [min(at), max(at)] if at else []
-    return [number for number in numbers if number is not None]
+    return [number for number in numbers if number is not None and number <= _MOST_TRIED_TOKENS]
+
+
+def _last_begin(hook: Hook) -> int:
+    """Return the last position at which a hook begins to touch rows, as far as that is known."""
+    at = hook.positions
+    return (at.start or 0) if isinstance(at, slice) else max(at or (0,))
 
 
 def _first_position(hook: Hook) -> int:

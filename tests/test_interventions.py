@@ -155,6 +155,18 @@ def test_a_hook_is_tried_where_it_touches_something(positions):
         Engine(db, shared_model("llama"), shared_tokenizer(), intervention=later)
 
 
+def test_a_hook_that_begins_too_far_away_to_be_tried_is_refused():
+    model = shared_model("llama")
+    for positions in (slice(2049, None), [3, 5000]):
+        far = Intervention("far", [Hook(N.POST_MLP, _steer, layers=0, positions=positions)])
+        with PromptDB.in_memory() as db, pytest.raises(UnsupportedModelError, match="behind 2048 tokens is not tried"):
+            Engine(db, model, shared_tokenizer(), intervention=far)
+    with PromptDB.in_memory() as db:  # where it ends is not where it begins
+        until = Intervention("until", [Hook(N.POST_MLP, _steer, layers=0, positions=slice(2, 1 << 40))])
+        engine = Engine(db, model, shared_tokenizer(), intervention=until)
+        assert right(engine, IDS)
+
+
 def test_what_may_touch_any_token_shares_nothing():
     cases = [
         Hook(N.POST_MLP, _steer, layers=0),
