@@ -212,7 +212,7 @@ class BlobEntry(NamedTuple):
         return _is_size(self.size_bytes) and type(self.checksum) is bytes and len(self.checksum) == CHECKSUM_BYTES
 
 
-class NodeRecord(NamedTuple):  # made for every span that is read: a frozen dataclass takes four times as long
+class NodeRecord(NamedTuple):  # one is made for every span that is read: a frozen dataclass takes twice as long
     """One stored span ``[start, start + len(span))`` of a prompt, without its tensors.
 
     Immutable. All key fields stand here in the clear, so that a node can be checked, listed and moved by itself.
