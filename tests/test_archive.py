@@ -670,7 +670,7 @@ def test_imports_that_are_killed_go_on(many, tmp_path):
     spans = export_nodes(db, Selection(), file).num_spans
     source = random.Random(1)
     stored, was_partial = 0, 0
-    for number in range(12):
+    for number in range(8):
         process = child("import", tmp_path / "other", file)
         if number % 2:  # when a transaction is through, whatever that takes here
             kill_when(process, lambda before=stored: num_spans(tmp_path / "other") > before)

@@ -454,7 +454,7 @@ VALUES = st.recursive(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(value=VALUES, size=st.sampled_from([0, 300, 70_000]))
 def test_records_of_any_content_are_counted_right(value, size):
     """Whatever msgpack writes passes, and is counted to the value."""

@@ -473,7 +473,7 @@ with PromptDB(path, map_bytes=1 << 30) as db, Engine(db, random_model("gpt2"), b
 """
 
 
-@pytest.mark.parametrize("count", [4000, pytest.param(100_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [2000, pytest.param(100_000, marks=pytest.mark.slow)])
 def test_many_prompts_stream_in_bounded_memory(count, tmp_path):
     output = subprocess.run(
         [sys.executable, "-c", STREAM, str(tmp_path / "store"), str(count)], check=True, capture_output=True, text=True
