@@ -33,15 +33,20 @@ POINT = HookVariableNames.POST_MLP
 SEVERAL = 4
 
 
+def seconds_of(work: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    kept = work()
+    took = time.perf_counter() - began
+    del kept  # to free it is not timed
+    return took
+
+
 def take_turns(rounds: int, works: dict[str, Callable[[], object]]) -> dict[str, float]:
     """Return each work's median seconds over rounds in which all take turns; the first round is dropped."""
     samples: dict[str, list[float]] = {name: [] for name in works}
     for _ in range(rounds + 1):
         for name, work in works.items():
-            began = time.perf_counter()
-            kept = work()
-            samples[name].append(time.perf_counter() - began)
-            del kept
+            samples[name].append(seconds_of(work))
     return {name: median(seconds[1:]) for name, seconds in samples.items()}
 
 
@@ -55,18 +60,10 @@ def between(rounds: int, bare: Callable[[], object], works: dict[str, Callable[[
     dropped.
     """
     samples: dict[str, list[Sample]] = {name: [] for name in works}
-
-    def timed(work: Callable[[], object]) -> float:
-        began = time.perf_counter()
-        kept = work()
-        took = time.perf_counter() - began
-        del kept
-        return took
-
     for _ in range(rounds + 1):
-        before = timed(bare)
+        before = seconds_of(bare)
         for name, work in works.items():
-            took, after = timed(work), timed(bare)
+            took, after = seconds_of(work), seconds_of(bare)
             samples[name].append((took, (before + after) / 2))
             before = after
     return {name: taken[1:] for name, taken in samples.items()}

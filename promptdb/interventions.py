@@ -120,7 +120,7 @@ class Intervention:
         ------
         UnsupportedModelError
             The hooks do not fit the model; or a prompt that is computed in steps gives another result than in one pass,
-            or a hook touches single tokens so far from the start that this cannot be tried.
+            or a hook begins so far from the start that this is not tried.
         """
         runner.attach = lambda: Attachment(runner.model, self.context(runner.model.config), is_identified=True)
         runner.exact_ways = frozenset()  # in a packed pass, places in the cache are no positions
@@ -128,12 +128,13 @@ class Intervention:
         if not self.causal:
             return
         for hook in self.hooks:
-            if _last_begin(hook) > _MOST_TRIED_TOKENS:
+            if max(_begins(hook)) > _MOST_TRIED_TOKENS:
                 raise UnsupportedModelError(
                     f"{hook!r}: what begins behind {_MOST_TRIED_TOKENS} tokens is not tried, so nothing can be stored",
                     "Intervention(..., causal=False) stores whole prompts alone",
                 )
-        difference, tolerance = steps(runner, {place for hook in self.hooks for place in _places(hook)})
+        places = {place for hook in self.hooks for place in (*_begins(hook), _end(hook))}
+        difference, tolerance = steps(runner, {place for place in places if place <= _MOST_TRIED_TOKENS})
         if difference > tolerance:
             raise UnsupportedModelError(
                 f"{self.name}: a prompt computed in steps differs from one in one pass by {difference:.1e} of the "
@@ -224,17 +225,17 @@ def exact_id(intervention_id: str, packed: bytes) -> str:
     return FieldHasher("promptdb exact sequence").field("id", intervention_id).field("tokens", packed).digest().hex()
 
 
-def _places(hook: Hook) -> list[int]:
-    """Return the positions at which a hook begins and ends to touch rows, as far as they are known."""
+def _begins(hook: Hook) -> tuple[int, ...]:
+    """Return the first and the last position at which a hook begins to touch rows, as far as they are known."""
     at = hook.positions
-    numbers = [at.start, at.stop] if isinstance(at, slice) else [min(at), max(at)] if at else []
-    return [number for number in numbers if number is not None and number <= _MOST_TRIED_TOKENS]
+    if isinstance(at, slice):
+        return (at.start or 0,)
+    return (min(at), max(at)) if at else (0,)
 
 
-def _last_begin(hook: Hook) -> int:
-    """Return the last position at which a hook begins to touch rows, as far as that is known."""
-    at = hook.positions
-    return (at.start or 0) if isinstance(at, slice) else max(at or (0,))
+def _end(hook: Hook) -> int:
+    """Return where a slice of positions ends; 0 if it does not, or is none."""
+    return (hook.positions.stop or 0) if isinstance(hook.positions, slice) else 0
 
 
 def _first_position(hook: Hook) -> int:

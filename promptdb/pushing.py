@@ -145,9 +145,9 @@ class Pusher:
         """Send values, then their entries; return what was sent, and those that somebody else sent meanwhile."""
         if not parcels:
             return PushReport(), []
-        values = self._calls.many([partial(_put_value, parcel) for _, parcel in parcels])
+        put = self._calls.many([partial(_put_value, parcel) for _, parcel in parcels])
         entries, kept = [], []
-        for (key, parcel), (digest, size_bytes, does_fit) in zip(parcels, values, strict=True):
+        for (key, parcel), (digest, size_bytes, does_fit) in zip(parcels, put, strict=True):
             if not does_fit:
                 self._tell_size(parcel, size_bytes)
                 continue

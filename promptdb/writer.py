@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from itertools import islice
 from typing import NamedTuple
 
+from promptdb.allocator import KEPT_BYTES
 from promptdb.commits import PutRequest
 from promptdb.errors import PromptDBError, WriteBehindError
 from promptdb.keys import Root, common_prefix
@@ -31,8 +32,7 @@ class WriteBehind:
     commit : stores requests, all together or not at all, durably: :meth:`promptdb.PromptDB.put_many`.
     max_pending_bytes : a submission waits while more than this is queued, so that a fast producer cannot fill memory.
     max_group_bytes : most bytes in one transaction; a larger request gets one of its own. Other processes wait while it
-        is written, and more bytes no longer make the whole faster: beyond :data:`promptdb.allocator.KEPT_BYTES` they
-        make it slower.
+        is written, and more bytes make nothing faster; beyond what the allocator keeps, they make it slower.
 
     Notes
     -----
@@ -46,7 +46,7 @@ class WriteBehind:
         commit: Callable[[Sequence[PutRequest]], object],
         *,
         max_pending_bytes: int = 1 << 30,
-        max_group_bytes: int = 48 << 20,
+        max_group_bytes: int = KEPT_BYTES * 3 // 4,
     ) -> None:
         self.max_pending_bytes = max_pending_bytes
         self.max_group_bytes = max_group_bytes

@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import promptdb.watch
 from promptdb.errors import IdentityError
 from promptdb.identity import weights_id
+from promptdb.refusals import IDENTIFIED
 from promptdb.watch import ModelWatch
 
 
@@ -240,3 +241,29 @@ def test_owner_may_still_resize_storage() -> None:
     model = tiny()
     _ = ModelWatch(model).weights_id
     assert model.lm_head.weight.untyped_storage().resizable()
+
+
+def test_other_threads_attach_hooks_and_take_them_off() -> None:
+    """Engines of several threads share a model, and the hooks of one pass come and go while another one looks."""
+    model = tiny("gpt2")
+    expected, stop = weights_id(model), threading.Event()
+
+    def hook(module: Any, args: Any, output: Any) -> None:
+        return None
+
+    setattr(hook, IDENTIFIED, True)
+
+    def work() -> None:
+        while not stop.is_set():
+            handles = [module.register_forward_hook(hook) for module in model.modules()]
+            for handle in handles:
+                handle.remove()
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    try:
+        for _ in range(300):
+            assert ModelWatch(model, known_id=expected).weights_id == expected
+    finally:
+        stop.set()
+        thread.join()
