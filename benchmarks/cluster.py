@@ -1,9 +1,9 @@
-"""Two clients of a real Redis Cluster on loopback, on what the shared tier asks of one: redis-py and valkey-glide-sync.
+"""Clients of a real Redis Cluster on loopback, on what the shared tier asks of one: promptdb's, and two as they come.
 
 ``python benchmarks/cluster.py``. Needs redis-server, redis and hiredis (extra ``redis``), pytest (for the cluster's
 starter, which is the tests'), and ``pip install valkey-glide-sync``, which promptdb itself does not use:
 docs/decisions.md says why. Clients and the six servers share the machine's cores, so that ratios say more than absolute
-times. Rounds of the two clients alternate.
+times. Rounds of the clients alternate.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from common import median, percentile, report, timed
-from redis import ConnectionPool
-from redis.connection import PythonRespSerializer
+
+from promptdb.redis_connections import RedisConnections
+from promptdb.shared_options import SharedOptions
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
@@ -36,7 +37,6 @@ class RedisPy:
     """As it comes, with hiredis."""
 
     name = "redis-py"
-    own: ClassVar[dict[str, Any]] = {}
 
     def __init__(self, port: int) -> None:
         from redis.backoff import NoBackoff
@@ -44,9 +44,7 @@ class RedisPy:
         from redis.retry import Retry
 
         options = {"socket_timeout": 10, "socket_connect_timeout": 10, "retry": Retry(NoBackoff(), 0), "protocol": 2}
-        self._client = RedisCluster.from_url(
-            f"redis://127.0.0.1:{port}", require_full_coverage=False, **options, **self.own
-        )
+        self._client = RedisCluster.from_url(f"redis://127.0.0.1:{port}", require_full_coverage=False, **options)
 
     def batch(self, commands: list[tuple[Any, ...]]) -> list[Any]:
         with self._client.pipeline(transaction=False) as pipeline:
@@ -61,17 +59,23 @@ class RedisPy:
         self._client.set(key, value)
 
 
-class Packing(ConnectionPool):
-    """Sends large values from where they are; a Cluster's client forwards no packer, but the class of its pools."""
+class Promptdb:
+    """redis-py's connections to the nodes, each given its share of a batch; large values sent from where they are."""
 
-    def __init__(self, **options: Any) -> None:
-        packer = PythonRespSerializer(6000, lambda value: value if isinstance(value, bytes) else str(value).encode())
-        super().__init__(**options, command_packer=packer)
+    name = "promptdb"
 
+    def __init__(self, port: int) -> None:
+        url = f"redis+cluster://127.0.0.1:{port}"
+        self._connections = RedisConnections(url, SharedOptions(url, timeout_s=10))
 
-class RedisPyPacking(RedisPy):
-    name = "redis-py, other packer"
-    own: ClassVar[dict[str, Any]] = {"connection_pool_class": Packing}
+    def batch(self, commands: list[tuple[Any, ...]]) -> list[Any]:
+        return self._connections.run("lookups", commands)
+
+    def get(self, key: str, size: int) -> Any:
+        return self._connections.run("data", [("GET", key)])[0]
+
+    def set(self, key: str, value: bytes) -> None:
+        self._connections.run("data", [("SET", key, value)])
 
 
 class Glide:
@@ -138,7 +142,7 @@ def works(client: Any, values: list[bytes]) -> dict[str, Callable[[], Any]]:
 
 def measure(port: int, rounds: int = 5) -> list[dict]:
     values = [os.urandom(4 * MIB) for _ in range(NUM_VALUES)]
-    clients = [RedisPy(port), RedisPyPacking(port), Glide(port), GlideIntoBuffers(port)]
+    clients = [Promptdb(port), RedisPy(port), Glide(port), GlideIntoBuffers(port)]
     first = works(clients[0], values)
     entries = [("SET", f"bench:i/{number:04x}", b"e" * ENTRY) for number in range(NUM_KEYS)]
     clients[0].batch(entries)
@@ -156,9 +160,10 @@ def measure(port: int, rounds: int = 5) -> list[dict]:
         row: dict = {"what": what}
         for client in clients:
             row[f"{client.name} ms"] = 1000 * median(samples[what, client.name])
-        row["redis-py p95 ms"] = 1000 * percentile(samples[what, "redis-py"], 95)
+        row["promptdb p95 ms"] = 1000 * percentile(samples[what, "promptdb"], 95)
         row["glide p95 ms"] = 1000 * percentile(samples[what, "valkey-glide-sync"], 95)
-        row["redis-py / glide"] = row["redis-py ms"] / row["valkey-glide-sync ms"]
+        row["redis-py / promptdb"] = row["redis-py ms"] / row["promptdb ms"]
+        row["glide / promptdb"] = row["valkey-glide-sync ms"] / row["promptdb ms"]
         rows.append(row)
     return rows
 

@@ -1,4 +1,4 @@
-"""Redis and Valkey, standalone or Cluster, as a far store. The only importer of redis.
+"""Redis and Valkey, standalone or Cluster, as a far store.
 
 A value is one key of its own, the manifest (size, checksum, and the value itself if that is small), written last, and
 parts of 4 MiB under keys beside it: who waits behind a large reply waits for no more than a part. A part that was
@@ -7,19 +7,15 @@ evicted makes the value a miss, and so does a checksum that does not hold.
 
 from __future__ import annotations
 
-import os
-import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from struct import Struct
-from typing import Any, NamedTuple
-from urllib.parse import parse_qs, urlencode, urlsplit, urlunsplit
+from typing import NamedTuple
 
 from xxhash import xxh3_128
 
-from promptdb.errors import SharedError
 from promptdb.far import Bytes, Pieces, TooLargeError
-from promptdb.shared_options import PASSWORD_VARIABLE, SharedOptions, without_secrets
+from promptdb.redis_connections import RedisConnections
+from promptdb.shared_options import SharedOptions
 
 PART_BYTES = 4 << 20
 # Values up to this size stand in their manifest: one round trip.
@@ -29,7 +25,6 @@ _MANIFEST = Struct("<4sQ16s")
 _MAGIC = b"pdb1"
 _SCAN = 1000
 _LOOKUP_KEYS = 4096
-_LOOKUP_CONNECTIONS = 2
 
 
 class _Manifest(NamedTuple):
@@ -57,104 +52,15 @@ class FarRedis:
     """
 
     def __init__(self, url: str, options: SharedOptions) -> None:
-        _redis()
-        parts = urlsplit(url)
-        query = {name: values[-1] for name, values in parse_qs(parts.query).items()}
-        self._prefix = query.pop("prefix", "promptdb") + ":"
-        self._is_cluster = parts.scheme.endswith("+cluster")
-        scheme = parts.scheme.removesuffix("+cluster")
-        self._url = urlunsplit((scheme, parts.netloc, parts.path, urlencode(query), ""))
+        self._connections = RedisConnections(url, options)
+        self._run = self._connections.run
+        self._asking = self._connections.asking
+        self._prefix = self._connections.prefix
         self._options = options
-        self._lock = threading.Lock()
-        self._clients: dict[str, Any] = {}
         self._most_bytes: int | None = None
-        self.name = without_secrets(url)
+        self.name = self._connections.name
         self.first_batch = _LOOKUP_KEYS
         self.has_leases = True
-
-    # Connections
-
-    def _client(self, use: str) -> Any:
-        """Return the client for lookups, or for data: a small reply must not wait behind a large one."""
-        with self._lock:
-            if use not in self._clients:
-                self._clients[use] = self._connect(use)
-            return self._clients[use]
-
-    def _connect(self, use: str) -> Any:
-        redis = _redis()
-        from redis.backoff import NoBackoff
-        from redis.retry import Retry
-
-        options: dict[str, Any] = {
-            "socket_timeout": self._options.timeout_s,
-            "socket_connect_timeout": self._options.connect_timeout_s,
-            "socket_keepalive": True,
-            "retry": Retry(NoBackoff(), 0),  # the breaker decides when to try again
-            "protocol": 2,
-        }
-        password = os.environ.get(PASSWORD_VARIABLE)
-        if password and not urlsplit(self._url).password:
-            options["password"] = password
-        if self._is_cluster:
-            return self._connect_cluster(options)
-        most = _LOOKUP_CONNECTIONS if use == "lookups" else self._options.concurrency
-        pool = redis.BlockingConnectionPool.from_url(
-            self._url, max_connections=most, timeout=self._options.timeout_s, command_packer=_packer(), **options
-        )
-        return redis.Redis(connection_pool=pool)
-
-    def _connect_cluster(self, options: dict[str, Any]) -> Any:
-        from redis import ConnectionPool
-        from redis.cluster import RedisCluster
-
-        class Pool(ConnectionPool):
-            """A Cluster's client hands no packer on to its nodes, but the class of their pools."""
-
-            def __init__(self, **kwargs: Any) -> None:
-                super().__init__(**{**kwargs, "command_packer": _packer()})
-
-        options = {**options, "connection_pool_class": Pool}
-        parts = urlsplit(self._url)
-        user, at, hosts = parts.netloc.rpartition("@")
-        failure: Exception | None = None
-        for host in hosts.split(","):
-            url = urlunsplit((parts.scheme, f"{user}{at}{host}", parts.path, parts.query, ""))
-            try:
-                return RedisCluster.from_url(url, require_full_coverage=False, **options)
-            except Exception as error:  # noqa: BLE001 - the next host may answer
-                failure = error
-        assert failure is not None
-        raise failure
-
-    @contextmanager
-    def _asking(self) -> Iterator[None]:
-        """Translate what redis raises. A cluster's map may be out of date after a failure: it is made again."""
-        redis = _redis()
-        try:
-            yield
-        except (redis.RedisError, OSError, ValueError) as error:
-            if isinstance(error, SharedError):
-                raise
-            if self._is_cluster:
-                self._drop_clients()
-            raise _translated(error, self.name) from error
-
-    def _drop_clients(self) -> None:
-        with self._lock:
-            clients, self._clients = self._clients, {}
-        for client in clients.values():
-            client.close()
-
-    def _run(self, use: str, commands: Sequence[tuple[Any, ...]]) -> list[Any]:
-        """Send commands in one pipeline; return their replies. Raises the first error among them."""
-        if not commands:
-            return []
-        with self._client(use).pipeline(transaction=False) as pipeline:
-            for command in commands:
-                pipeline.execute_command(*command)
-            replies: list[Any] = pipeline.execute(raise_on_error=True)
-            return replies
 
     def _key(self, key: str) -> str:
         return self._prefix + key
@@ -179,9 +85,8 @@ class FarRedis:
     def get(self, keys: Sequence[str], sizes: Sequence[int] | None = None) -> list[Pieces | None]:
         """Return values. One round trip if they are small or their sizes are known, else two."""
         with self._asking():
-            if sizes is None and not self._is_cluster:  # one command has one reply to parse
-                heads = self._client("lookups").mget([self._key(key) for key in keys]) if keys else []
-                return self._complete(keys, heads)
+            if keys and sizes is None and not self._connections.is_cluster:  # one command has one reply to parse
+                return self._complete(keys, self._run("lookups", [("MGET", *map(self._key, keys))])[0])
             # The sizes may be a forger's.
             expected = [num_parts(min(size, MOST_BYTES)) for size in sizes] if sizes is not None else [0] * len(keys)
             use = "data" if any(expected) else "lookups"
@@ -286,19 +191,16 @@ class FarRedis:
         """Yield keys, walking over all of the server's."""
         pattern = "".join(f"\\{each}" if each in "*?[]^\\" else each for each in self._key(prefix)) + "*"
         with self._asking():
-            for name in self._client("lookups").scan_iter(match=pattern, count=_SCAN):
+            for name in self._connections.client("lookups").scan_iter(match=pattern, count=_SCAN):
                 key = name.decode("ascii", "replace").removeprefix(self._prefix)
                 if "#" not in key:
                     yield key
 
     def facts(self) -> dict[str, str | int]:
         """Return version, memory and policy, as far as the user may ask for them."""
-        redis = _redis()
-        with self._asking():
-            try:
-                found = self._client("lookups").info() if not self._is_cluster else self._cluster_info()
-            except redis.exceptions.NoPermissionError:
-                return {}
+        found = self._connections.info()
+        if not found:
+            return {}
         version = found.get("valkey_version", found.get("redis_version", "?"))
         named: dict[str, str | int] = {
             "server": f"{found.get('server_name', 'redis')} {version}",
@@ -309,29 +211,9 @@ class FarRedis:
         }
         return {**named, **({"nodes": found["nodes"]} if "nodes" in found else {})}
 
-    def _cluster_info(self) -> dict[str, Any]:
-        client = self._client("lookups")
-        nodes = list(client.info(target_nodes=client.PRIMARIES).values())
-        if nodes and not isinstance(nodes[0], dict):  # of a single node, redis-py returns its fields alone
-            nodes = [client.info(target_nodes=client.PRIMARIES)]
-        sums = {name: sum(int(node.get(name, 0)) for node in nodes) for name in ("used_memory", "evicted_keys")}
-        smallest = min((int(node.get("maxmemory", 0)) for node in nodes), default=0)
-        return {**(nodes[0] if nodes else {}), **sums, "maxmemory": smallest, "nodes": len(nodes)}
-
     def close(self) -> None:
         """Release all connections."""
-        self._drop_clients()
-
-
-def _packer() -> Any:
-    """Return what sends large values from where they are: hiredis' packer copies them several times."""
-    from redis.connection import PythonRespSerializer
-
-    return PythonRespSerializer(6000, _encode)
-
-
-def _encode(value: Any) -> Any:
-    return value if isinstance(value, (bytes, memoryview)) else str(value).encode()
+        self._connections.close()
 
 
 def _part(key: str, number: int) -> str:
@@ -357,33 +239,3 @@ def _whole(manifest: _Manifest, head: bytes, parts: Sequence[bytes | None]) -> P
         check.update(piece)
     is_sound = sum(map(len, pieces)) == manifest.size and check.digest() == manifest.checksum
     return pieces if is_sound else None
-
-
-def _redis() -> Any:
-    try:
-        import redis
-    except ImportError as error:
-        raise SharedError("the client for Redis is not installed", "pip install 'promptdb[redis]'") from error
-    return redis
-
-
-_HINTS = (
-    ("AuthenticationError", "wrong user or password", "check the URL, and PROMPTDB_SHARED_PASSWORD"),
-    ("NoPermissionError", "the user may not do that", "docs/team.md has the ACL that a client needs"),
-    ("OutOfMemoryError", "the server is full", "raise maxmemory, or set maxmemory-policy allkeys-lru"),
-    ("ReadOnlyError", "the server is a replica, and takes no writes", "name its primary, or use redis+cluster://"),
-    ("TimeoutError", "no answer in time", "check the network; timeout_s=SECONDS in the URL waits longer"),
-    ("ConnectionError", "it cannot be reached", "check host, port, TLS and the network"),
-)
-
-
-def _translated(error: Exception, name: str) -> SharedError:
-    # Of a pipeline, redis-py quotes the command, value and all.
-    text = " ".join(str(error).rpartition("caused error: ")[2].split()) or type(error).__name__
-    if "CERTIFICATE" in text.upper() or "SSL" in text:
-        return SharedError(f"{name}: TLS fails: {text}", "check the certificate's dates and name, and ssl_ca_certs")
-    kinds = [kind.__name__ for kind in type(error).__mro__]
-    for kind, what, hint in _HINTS:
-        if kind in kinds or (kind == "AuthenticationError" and "WRONGPASS" in text):
-            return SharedError(f"{name}: {what}: {text}", hint)
-    return SharedError(f"{name}: {text}", "check the URL of the shared store")

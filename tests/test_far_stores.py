@@ -1,6 +1,7 @@
 """The contract of far stores, against real servers: Redis, its Cluster, a directory, and one in front of another."""
 
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from archive_tools import lookup
@@ -71,11 +72,39 @@ class TestRedis(Shared):
         with redis_server(
             tmp_path_factory.mktemp("redis"), maxmemory="256mb", maxmemory_policy="allkeys-lru"
         ) as server:
-            cls.address = server.url
+            cls.server, cls.address = server, server.url
             yield server
 
     def url(self, name: str) -> str:
         return f"{self.address}?prefix={name}"
+
+    def test_an_error_among_replies(self, far, name):
+        """The replies after it are not taken for answers to what is asked next."""
+        names = [f"v/{number}" for number in range(8)]
+        far.put([(each, each.encode()) for each in names])
+        self.server.cli("del", f"{name}:v/3")
+        self.server.cli("rpush", f"{name}:v/3", "a list")
+        with pytest.raises(SharedError, match="WRONGTYPE"):
+            far.exists(names)
+        del names[3]
+        assert far.get(names, [len(each) for each in names]) == [[each.encode()] for each in names]
+
+    def test_interrupted_between_question_and_reply(self, name, monkeypatch):
+        """Who asks next is not answered with what the interrupted one was to get."""
+        with proxy_to(self.server.port) as proxy:
+            far = opened(f"redis://127.0.0.1:{proxy.port}?prefix={name}")
+            far.put([("v/one", b"one"), ("v/two", b"two")])
+            proxy.delay_s = 0.2
+            with monkeypatch.context() as interrupted:
+                interrupted.setattr("redis.connection.Connection.read_response", _interrupt)
+                with pytest.raises(KeyboardInterrupt):
+                    far.get(["v/one"], [3])
+            assert far.get(["v/two"], [3]) == [[b"two"]]
+            far.close()
+
+
+def _interrupt(*arguments, **options):
+    raise KeyboardInterrupt
 
 
 @needs_redis()
@@ -85,10 +114,28 @@ class TestCluster(Shared):
     def cluster(cls, tmp_path_factory):
         with redis_cluster(tmp_path_factory.mktemp("cluster")) as nodes:
             cls.hosts = ",".join(f"127.0.0.1:{node.port}" for node in nodes)
+            cls.nodes = nodes
             yield nodes
 
     def url(self, name: str) -> str:
         return f"redis+cluster://{self.hosts}?prefix={name}"
+
+    def test_slots_move_meanwhile(self, far):
+        """Keys are found where they went, while slots go from one node to another, and after that."""
+        values = {f"v/{number:03}": f"value {number}".encode() for number in range(300)}
+        far.put(list(values.items()))
+        assert far.exists(list(values)) == [True] * len(values)
+        first, second = (node.cli("cluster", "myid").strip() for node in self.nodes[:2])
+        from_first = ("--cluster-from", first, "--cluster-to", second, "--cluster-slots", "1000", "--cluster-yes")
+        with ThreadPoolExecutor(1) as pool:
+            moving = pool.submit(self.nodes[0].cli, "--cluster", "reshard", self.hosts.split(",")[0], *from_first)
+            num_reads = 0
+            while not moving.done() or num_reads < 3:
+                assert far.get(list(values)) == [[value] for value in values.values()]
+                num_reads += 1
+            moving.result()
+        far.put([("v/late", b"late")])
+        assert far.get(["v/late", *values])[0] == [b"late"]
 
 
 @needs_redis()
