@@ -18,13 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import Row, median, report
+from common import Row, median, report, token_logprobs
 from transformers import DynamicCache
 
 from promptdb import Engine, PromptDB
 from promptdb.demo_models import random_model
 from promptdb.demo_text import byte_tokenizer
-from promptdb.runner import token_logprobs
 
 CONTEXT, CHOICES, ENDINGS, PIECE = 400, 16, 4, 6
 

@@ -16,7 +16,10 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
 
 RESULTS = Path(__file__).resolve().parent / "results"
 PACKAGES = (
@@ -25,6 +28,7 @@ PACKAGES = (
 )  # fmt: skip
 
 Row = Mapping[str, Any]
+_ROWS = 16  # of logits: they stay in the cache of the CPU
 
 
 def environment(*, device: str = "") -> dict[str, Any]:
@@ -90,6 +94,30 @@ def timed(work: Callable[[], Any], *, repeat: int = 5, warmup: int = 1) -> list[
         if was_on:
             gc.enable()
     return samples
+
+
+def token_logprobs(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Return the log-probabilities of m tokens, ``[m]``, from ``[m, vocabulary]``: as a careful user computes them.
+
+    A few rows at a time: a whole ``log_softmax`` would write as much memory again as the logits take, all of it fresh.
+    """
+    import torch
+
+    pairs = zip(logits.split(_ROWS), targets.split(_ROWS), strict=True)
+    return torch.cat([rows.gather(1, these[:, None])[:, 0] - rows.logsumexp(1) for rows, these in pairs])
+
+
+def supply_memory(directory: Path, num_bytes: int) -> None:
+    """Let the system have free memory that it used a moment ago, by writing a file and removing it.
+
+    A virtual machine's free pages may be its host's again. The first to touch one waits for the host: writing a file
+    then takes four times as long, whoever writes it. What a work costs by itself is measured after this.
+    """
+    path = directory / "scratch"
+    with path.open("wb") as file:
+        for _ in range(num_bytes >> 20):
+            file.write(b"s" * (1 << 20))
+    path.unlink()
 
 
 def table(rows: Sequence[Row]) -> str:

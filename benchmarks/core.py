@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from common import Row, median, report
+from common import Row, median, report, token_logprobs
 from safetensors.torch import load_file, save_file
 from transformers import DynamicCache, PreTrainedModel
 
@@ -25,7 +25,6 @@ from promptdb.demo_models import random_model
 from promptdb.demo_text import byte_tokenizer
 from promptdb.keys import pack_tokens
 from promptdb.kv import load_cache
-from promptdb.runner import token_logprobs
 
 STORED, NEW = 1000, 8
 

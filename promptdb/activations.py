@@ -302,14 +302,13 @@ class Shard(NamedTuple):
     num_rows: int
 
 
-@dataclass(frozen=True)
-class Piece:
-    """Rows ``[first, first + count)`` of an entry are those of the prompt's positions from ``start`` on."""
+class Piece(NamedTuple):
+    """Rows ``[first, first + num_rows)`` of an entry are those of the prompt's positions from ``start`` on."""
 
     start: int
     entry: Entry
     first: int
-    count: int
+    num_rows: int
 
 
 def pieces(
@@ -346,10 +345,10 @@ def pieces(
         if entry is None:
             missing += here
         elif entry.offsets is None and isinstance(here, range):  # the usual case, without looking at each token
-            first = here[0] - step.start
+            first = here.start - step.start
             count = min(len(here), max(0, entry.num_rows - first))
             if count:
-                found.append(Piece(here[0], entry, first, count))
+                found.append(Piece(here.start, entry, first, count))
             missing += here[count:]
         else:
             for position in here:

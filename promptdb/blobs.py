@@ -17,7 +17,7 @@ from functools import lru_cache
 from math import prod
 from operator import itemgetter
 from struct import Struct, unpack
-from typing import Any
+from typing import Any, NamedTuple
 
 from promptdb.errors import CorruptDataError
 
@@ -54,8 +54,7 @@ class TensorSpec:
         return DTYPE_BYTES[self.dtype] * prod(self.shape)
 
 
-@dataclass(frozen=True)
-class TensorView:
+class TensorView(NamedTuple):
     """A tensor inside a blob. ``data`` is a view of the blob's memory and lives no longer than that."""
 
     dtype: str

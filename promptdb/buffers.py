@@ -12,6 +12,7 @@ import mmap
 import os
 import threading
 import weakref
+from bisect import bisect_left, insort
 from collections import deque
 from typing import Any
 
@@ -29,7 +30,8 @@ class BufferPool:
 
     def __init__(self, max_idle_bytes: int = 1 << 30) -> None:
         self.max_idle_bytes = max_idle_bytes
-        self._idle: list[mmap.mmap] = []
+        self._idle: list[mmap.mmap] = []  # from the smallest to the largest
+        self._idle_bytes = 0
         # Finalisers run at any point of any thread, even while this one holds the lock: they only append.
         self._returned: deque[mmap.mmap] = deque()
         self._lock = threading.Lock()
@@ -47,15 +49,13 @@ class BufferPool:
 
     def _take(self, size_bytes: int) -> mmap.mmap:
         with self._lock:
-            while self._returned:
-                self._idle.append(self._returned.popleft())
-            self._idle.sort(key=len)
-            while self._idle and sum(map(len, self._idle)) > self.max_idle_bytes:
-                self._idle.pop(0)
-            for position, memory in enumerate(self._idle):
-                # A buffer far larger than asked for is left to those who need it.
-                if size_bytes <= len(memory) <= 4 * size_bytes + _PAGE_BYTES:
-                    return self._idle.pop(position)
+            self._sort_in()
+            position = bisect_left(self._idle, size_bytes, key=len)
+            # A buffer far larger than asked for is left to those who need it.
+            if position < len(self._idle) and len(self._idle[position]) <= 4 * size_bytes + _PAGE_BYTES:
+                memory = self._idle.pop(position)
+                self._idle_bytes -= len(memory)
+                return memory
         length = -(-size_bytes // _PAGE_BYTES) * _PAGE_BYTES
         # Private: mmap's default would share the memory, and so every cache in it, with forked children.
         private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
@@ -64,15 +64,24 @@ class BufferPool:
             memory.madvise(mmap.MADV_HUGEPAGE)
         return memory
 
+    def _sort_in(self) -> None:
+        """Take over what was given back; of too much, the smallest go."""
+        while self._returned:
+            memory = self._returned.popleft()
+            insort(self._idle, memory, key=len)
+            self._idle_bytes += len(memory)
+        while self._idle_bytes > self.max_idle_bytes:
+            self._idle_bytes -= len(self._idle.pop(0))
+
     def after_fork(self) -> None:
         """Start anew in a forked child: another thread may have held the lock, or been moving buffers."""
         self._lock = threading.Lock()
-        self._idle, self._returned = [], deque()
+        self._idle, self._idle_bytes, self._returned = [], 0, deque()
 
     def idle_bytes(self) -> int:
         """Return how much memory waits for its next use."""
         with self._lock:
-            return sum(map(len, self._idle)) + sum(map(len, list(self._returned)))
+            return self._idle_bytes + sum(map(len, list(self._returned)))
 
 
 class Slab:

@@ -59,7 +59,7 @@ def norms_of(
 def _norms(snapshot: Snapshot, match: Match, series: Series) -> tuple[float, ...]:
     values = [math.nan] * num_tokens(match.packed)
     for piece in pieces(snapshot, match, series, None)[0]:
-        values[piece.start : piece.start + piece.count] = _lengths(piece.entry, piece.first, piece.count)
+        values[piece.start : piece.start + piece.num_rows] = _lengths(piece.entry, piece.first, piece.num_rows)
     return tuple(values)
 
 

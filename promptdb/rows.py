@@ -107,7 +107,7 @@ def _tensor(
         raise CorruptDataError(f"rows of {series} have several shapes", "record them again after remove_activations()")
     if series.dtype not in _TORCH_NAMES:
         raise UnsupportedModelError(f"recorded activations of {series.dtype} cannot be read as a tensor")
-    dtype, count = getattr(torch, _TORCH_NAMES[series.dtype]), sum(piece.count for piece in found)
+    dtype, count = getattr(torch, _TORCH_NAMES[series.dtype]), sum(piece.num_rows for piece in found)
     _settle_warning()
     if found[0].entry.lengths is not None:
         fill = 0.0 if series.point == HookVariableNames.ATTN_PROBS else -math.inf
@@ -116,7 +116,7 @@ def _tensor(
     memory = POOL.lease(count * width)
     target, at = memoryview(memory).cast("B"), 0
     for piece in found:
-        data = piece.entry.data(piece.first, piece.count)
+        data = piece.entry.data(piece.first, piece.num_rows)
         copies.append((target[at : at + len(data)], data))
         at += len(data)
     return torch.frombuffer(memory, dtype=dtype, count=at // dtype.itemsize).view(count, *shape)
@@ -130,7 +130,7 @@ def _padded(found: Sequence[Piece], shape: tuple[int, int, int], dtype: torch.dt
     target = torch.frombuffer(memory, dtype=dtype, count=math.prod(shape)).view(shape)
     at = 0
     for piece in found:
-        for number in range(piece.first, piece.first + piece.count):
+        for number in range(piece.first, piece.first + piece.num_rows):
             row = torch.frombuffer(piece.entry.data(number, 1), dtype=dtype).view(shape[1], -1)
             target[at, :, : row.shape[1]] = row
             target[at, :, row.shape[1] :] = fill

@@ -33,10 +33,10 @@ from promptdb.scores import TokenScores
 
 # Positions computed in one pass. Longer suffixes are cut: logits of a pass take vocabulary x 4 bytes a position.
 MAX_PASS_TOKENS = 2048
-# Rows of logits that are turned into log-probabilities at once: they stay in the cache of the CPU.
-_ROWS = 16
-# The same for scores, which need memory of the same size beside them.
-_SCORED_ROWS = 8
+# Logits that are scored at once on the CPU, in whole rows: they, and as much memory beside them, stay in its cache.
+_SCORED_LOGITS = 1 << 21
+# Logits up to here need no shift before exp: the sum over any vocabulary is a normal float32 number.
+_MODERATE = 60.0
 
 # Regimes in which the frequencies of rotary embeddings depend on the length of the text.
 _LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope", "su")
@@ -397,14 +397,14 @@ def token_scores(logits: torch.Tensor, targets: torch.Tensor, rows: torch.Tensor
     logits, targets = logits.detach(), targets.to(logits.device)
     if rows is None:
         chosen = logits[: targets.shape[0]].gather(1, targets[:, None])[:, 0]
-        highest, rest, greedy_ids = _row_scores(logits, targets.shape[0], None)
+        shift, rest, greedy_ids = _row_scores(logits, targets.shape[0], None)
     else:
         rows = rows.to(logits.device)
         chosen = logits[rows, targets]
         used, place = torch.unique(rows, return_inverse=True)
-        highest, rest, greedy_ids = (each[place] for each in _row_scores(logits, used.shape[0], used))
+        shift, rest, greedy_ids = (each[place] for each in _row_scores(logits, used.shape[0], used))
     both = torch.empty((2, targets.shape[0]), dtype=torch.float32, device=logits.device)
-    both[0] = chosen - highest - rest
+    both[0] = chosen - shift - rest
     both[1].view(torch.int32).copy_(greedy_ids)
     both = both.cpu()
     return TokenScores(both[0], both[1].view(torch.int32))
@@ -415,38 +415,27 @@ def _row_scores(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return, for the first or the used rows, a and b with a + b = log sum exp, and the index of the largest."""
     wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    highest = torch.empty(count, dtype=wide, device=logits.device)
-    rest = torch.empty_like(highest)
+    shifts = torch.empty(count, dtype=wide, device=logits.device)
+    rest = torch.empty_like(shifts)
     indices = torch.empty(count, dtype=torch.int64, device=logits.device)
     on_cpu = logits.device.type == "cpu"
-    rows_at_once = _SCORED_ROWS if on_cpu else 256
+    rows_at_once = max(1, _SCORED_LOGITS // logits.shape[1]) if on_cpu else 256
     scratch = torch.empty((min(rows_at_once, count), logits.shape[1]), dtype=wide, device=logits.device)
     for first in range(0, count, rows_at_once):
         end = min(first + rows_at_once, count)
         rows = (logits[first:end] if used is None else logits[used[first:end]]).to(wide)
         # numpy finds the largest of a row eight times as fast as torch, which does it element by element.
         index = torch.from_numpy(rows.numpy().argmax(axis=1))[:, None] if on_cpu else rows.argmax(1, keepdim=True)
-        largest = rows.gather(1, index)
-        largest.masked_fill_(largest.isinf(), 0)  # infinity less infinity would be NaN
-        highest[first:end] = largest[:, 0]
-        rest[first:end] = torch.sub(rows, largest, out=scratch[: end - first]).exp_().sum(1).log_()
+        shift = rows.gather(1, index)
+        # Where the largest is moderate, exp neither overflows nor vanishes, and a pass over the rows is saved. Infinity
+        # less infinity would be NaN.
+        shift.masked_fill_((shift.abs() <= _MODERATE) | shift.isinf(), 0)
+        out = scratch[: end - first]
+        powers = torch.sub(rows, shift, out=out).exp_() if not on_cpu or shift.any() else torch.exp(rows, out=out)
+        shifts[first:end] = shift[:, 0]
+        rest[first:end] = powers.sum(1).log_()
         indices[first:end] = index[:, 0]
-    return highest, rest, indices
-
-
-def token_logprobs(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Return ``log softmax(logits)[i, targets[i]]``, ``[m]`` float32, a few rows at a time.
-
-    A whole ``log_softmax`` would write as much memory again as the logits take, all of it fresh.
-    """
-    found = torch.empty(targets.shape[0], dtype=torch.float32, device=logits.device)
-    rows_at_once = _ROWS if logits.device.type == "cpu" else 256
-    for first in range(0, targets.shape[0], rows_at_once):
-        rows = logits[first : first + rows_at_once].float()
-        rows = rows[: targets.shape[0] - first]
-        chosen = rows.gather(1, targets[first : first + rows_at_once, None])[:, 0]
-        found[first : first + rows_at_once] = chosen - torch.logsumexp(rows, dim=1)
-    return found
+    return shifts, rest, indices
 
 
 @cache

@@ -76,6 +76,40 @@ class TestFork:
             del db._index.transact
 
 
+class TestPool:
+    @given(steps=st.lists(st.tuples(st.booleans(), st.integers(1, 40 << 20), st.integers(0, 9)), max_size=25))
+    def test_leases_are_apart_and_come_back(self, steps):
+        """What is held keeps its bytes, whatever else is taken and given back; what is kept idle has a limit."""
+        pool, held = BufferPool(max_idle_bytes=32 << 20), []
+        for number, (take, size, which) in enumerate(steps):
+            if take or not held:
+                view = memoryview(pool.lease(size)).cast("B")
+                view[0] = view[-1] = number
+                held.append((number, size, view))
+            else:
+                held.pop(which % len(held))
+                view = None
+            assert all((len(each), each[0], each[-1]) == (size, mark, mark) for mark, size, each in held)
+        view = None
+        held.clear()
+        pool.lease(1)
+        assert pool.idle_bytes() <= (32 << 20) + (2 << 20)  # and the one just given back
+
+    def test_memory_is_used_again_where_it_fits(self):
+        pool = BufferPool()
+        sizes = [1 << 20, 30 << 20, 5 << 20]
+        leases = [pool.lease(size) for size in sizes]
+        del leases
+        idle = pool.idle_bytes()
+        assert idle == (2 + 30 + 6) << 20
+        large = pool.lease(29 << 20)
+        assert pool.idle_bytes() == idle - (30 << 20)
+        small = pool.lease(4096)  # takes the smallest
+        assert pool.idle_bytes() == 6 << 20
+        del large, small
+        assert pool.idle_bytes() == idle
+
+
 class TestSlab:
     @given(
         sizes=st.lists(st.integers(0, 300), max_size=40),

@@ -16,7 +16,7 @@ from promptdb.blobs import TensorSpec, build_blob, parse_blob
 from promptdb.format import KV_BLOB, LOGPROBS_BLOB
 from promptdb.keys import Root
 from promptdb.kv import KvSource, encode_span, load_scores, trim_blobs
-from promptdb.runner import token_logprobs, token_scores
+from promptdb.runner import token_scores
 from promptdb.scores import TokenScores
 
 ARCHITECTURES = ("gpt2", "llama", "mistral", "gemma3_text", "falcon", "bloom", "qwen3_moe")
@@ -79,6 +79,12 @@ def plain_scores(rows, targets):
     return torch.tensor(logprobs), greedy_ids
 
 
+def by_torch(logits, targets):
+    """In single precision."""
+    rows = logits.float()
+    return rows.gather(1, targets[:, None])[:, 0] - rows.logsumexp(1)
+
+
 class TestFromLogits:
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize("count", [1, 7, 8, 21])
@@ -91,7 +97,22 @@ class TestFromLogits:
         logprobs, greedy_ids = plain_scores(logits[:count], targets)
         torch.testing.assert_close(found.logprobs, logprobs, rtol=0, atol=4e-6)
         assert found.greedy_ids.tolist() == greedy_ids
-        torch.testing.assert_close(found.logprobs, token_logprobs(logits[:count], targets), rtol=0, atol=1e-5)
+        torch.testing.assert_close(found.logprobs, by_torch(logits[:count], targets), rtol=0, atol=1e-5)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("level", [-3e4, -100.0, -61.0, -59.0, 59.0, 61.0, 100.0, 3e4])
+    def test_logits_of_any_size(self, level, dtype):
+        """What exp would make infinite, or nothing, beside rows that it would not: each row is computed by itself."""
+        logits = torch.randn(64, 300, generator=torch.Generator().manual_seed(1))
+        logits[::3] += level
+        logits = logits.to(dtype)
+        targets = torch.arange(64) * 4
+        found = token_scores(logits, targets)
+        expected = torch.log_softmax(logits.double(), 1).gather(1, targets[:, None])[:, 0]
+        one_ulp = torch.finfo(torch.float32).eps * 60
+        torch.testing.assert_close(found.logprobs, expected.float(), rtol=1e-6, atol=one_ulp)
+        alone = torch.cat([token_scores(logits[at : at + 1], targets[at : at + 1]).logprobs for at in range(64)])
+        torch.testing.assert_close(found.logprobs, alone, rtol=1e-6, atol=1e-6)
 
     def test_any_rows_in_any_order(self):
         generator = torch.Generator().manual_seed(0)
@@ -135,7 +156,7 @@ class TestFromLogits:
         logprobs = token_scores(logits, targets).logprobs
         assert logprobs.isnan().nonzero()[:, 0].tolist() == [2, 5, 9]
         assert logprobs[10] == -math.inf
-        torch.testing.assert_close(logprobs, token_logprobs(logits, targets), equal_nan=True)
+        torch.testing.assert_close(logprobs, by_torch(logits, targets), equal_nan=True)
 
     def test_what_a_caller_may_pass(self):
         logits = torch.randn(6, 50, requires_grad=True)
