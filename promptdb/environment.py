@@ -61,6 +61,7 @@ class Environment:
         self.path = path
         self.readonly = readonly
         self.durability = durability
+        self.is_synced = bool(DURABILITIES[durability]["sync"])
         self.pid = os.getpid()
         self.num_handles = 0
         self.map_lock = MapLock()

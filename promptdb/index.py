@@ -19,6 +19,7 @@ from promptdb.filesystem import refuse_remote
 from promptdb.format import TABLES
 from promptdb.lmdb_errors import DATA_FILE, translated
 from promptdb.tables import Item, Reader, Reading, Result, Writer
+from promptdb.writeback import early_writeback
 
 DEFAULT_MAP_BYTES = 1 << 30
 DEFAULT_DURABILITY = "power"
@@ -128,7 +129,9 @@ class LmdbIndex:
         writer = _LmdbTransaction(transaction, environment.tables)
         try:
             result = work(writer)
-            transaction.commit()
+            written_bytes = writer.put_bytes if environment.is_synced else 0
+            with early_writeback(environment.path / DATA_FILE, written_bytes):
+                transaction.commit()
         except BaseException:
             transaction.abort()
             raise
@@ -263,11 +266,12 @@ class _Reading:
 class _LmdbTransaction:
     """A :class:`promptdb.tables.Writer` over one lmdb transaction."""
 
-    __slots__ = ("_tables", "_transaction")
+    __slots__ = ("_tables", "_transaction", "put_bytes")
 
     def __init__(self, transaction: Any, tables: dict[str, Any]) -> None:
         self._transaction = transaction
         self._tables = tables
+        self.put_bytes = 0  # of values
 
     def get(self, table: str, key: bytes) -> memoryview | None:
         handle = self._tables.get(table)  # None: the store was opened for reading, and never had that table
@@ -305,6 +309,7 @@ class _LmdbTransaction:
 
     def put(self, table: str, key: bytes, value: bytes | bytearray | memoryview) -> None:
         self._transaction.put(key, value, db=self._tables[table])
+        self.put_bytes += len(value)
 
     def delete(self, table: str, key: bytes) -> bool:
         deleted: bool = self._transaction.delete(key, db=self._tables[table])
