@@ -107,19 +107,6 @@ def token_logprobs(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return torch.cat([rows.gather(1, these[:, None])[:, 0] - rows.logsumexp(1) for rows, these in pairs])
 
 
-def supply_memory(directory: Path, num_bytes: int) -> None:
-    """Let the system have free memory that it used a moment ago, by writing a file and removing it.
-
-    A virtual machine's free pages may be its host's again. The first to touch one waits for the host: writing a file
-    then takes four times as long, whoever writes it. What a work costs by itself is measured after this.
-    """
-    path = directory / "scratch"
-    with path.open("wb") as file:
-        for _ in range(num_bytes >> 20):
-            file.write(b"s" * (1 << 20))
-    path.unlink()
-
-
 def table(rows: Sequence[Row]) -> str:
     """Return rows as aligned text; columns are those of the first row."""
     columns = list(rows[0]) if rows else []

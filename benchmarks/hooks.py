@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import Row, median, report, supply_memory
+from common import Row, median, report
 from safetensors.torch import load_file, save_file
 
 from promptdb import Engine, PromptDB
@@ -31,9 +31,6 @@ from promptdb.recorder import Recorder
 
 POINT = HookVariableNames.POST_MLP
 SEVERAL = 4
-# Works that fill the page cache, and more than twice what the largest one writes for a prompt.
-WRITING = ("file", "cold", "several", "stored", "after_hit")
-SUPPLIED_BYTES = 96 << 20
 
 
 def seconds_of(work: Callable[[], object]) -> float:
@@ -56,12 +53,7 @@ def take_turns(rounds: int, works: dict[str, Callable[[], object]]) -> dict[str,
 Sample = tuple[float, float]
 
 
-def between(
-    rounds: int,
-    bare: Callable[[], object],
-    works: dict[str, Callable[[], object]],
-    prepare: Callable[[str], None],
-) -> dict[str, list[Sample]]:
+def between(rounds: int, bare: Callable[[], object], works: dict[str, Callable[[], object]]) -> dict[str, list[Sample]]:
     """Return each work's seconds in each round, and those of the bare passes just before and after it, on average.
 
     The speed of a shared machine changes within seconds: what is compared has to stand side by side. The first round is
@@ -71,7 +63,6 @@ def between(
     for _ in range(rounds + 1):
         before = seconds_of(bare)
         for name, work in works.items():
-            prepare(name)
             took, after = seconds_of(work), seconds_of(bare)
             samples[name].append((took, (before + after) / 2))
             before = after
@@ -184,7 +175,6 @@ def run(directory: Path, options: argparse.Namespace) -> tuple[list[Row], dict[s
         assert all(torch.allclose(first.tensor(POINT, n), kept[n][0], atol=1e-4) for n in range(layers))
         works: dict[str, Callable[[], object]] = {
             "plain_hooks": plain_hooks, "file": file, "in_memory": in_memory, "cold": cold,
-            "cold_unsupplied": cold,
             "several": several, "stored": stored, "after_hit": after_hit, **others(model, ids, directory),
         }  # fmt: skip
         measures = {
@@ -192,19 +182,13 @@ def run(directory: Path, options: argparse.Namespace) -> tuple[list[Row], dict[s
             "in_memory": ("promptdb hooks, in memory", "<= 1.05"),
             "file": ("plain hooks and one safetensors file, fsynced", ""),
             "cold": ("Recorder, cold: KV, logits and rows, durable", "<= 1.15"),
-            "cold_unsupplied": ("the same, where the host has to supply the memory", ""),
             "several": (f"Recorder, cold, {SEVERAL} prompts in one run: written behind", "<= 1.15"),
             "stored": ("engine.put alone, durable", ""),
             "after_hit": ("Recorder, KV stored: rows, durable", "<= 1.15"),
             "transformer_lens": ("transformer_lens, in memory", ""),
             "nnsight": ("nnsight, in memory", ""),
         }
-
-        def prepare(name: str) -> None:
-            if name in WRITING:
-                supply_memory(directory, SUPPLIED_BYTES * (SEVERAL if name == "several" else 1))
-
-        samples = between(options.rounds, bare, works, prepare)
+        samples = between(options.rounds, bare, works)
         for name, (measure, target) in measures.items():
             if name in samples:
                 rows.append(beside(measure, samples[name], target, SEVERAL if name == "several" else 1))
