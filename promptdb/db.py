@@ -36,7 +36,7 @@ from promptdb.format import (
     NodeRecord,
     unpack_root,
 )
-from promptdb.keys import DIGEST_BYTES, TOKEN_BYTES, Root, pack_tokens
+from promptdb.keys import DIGEST_BYTES, TOKEN_BYTES, Root, known_root, pack_tokens
 from promptdb.ledger import Ledger, with_ledger
 from promptdb.lifecycle import Lifecycle, check_limits
 from promptdb.memory import MemoryIndex
@@ -322,7 +322,7 @@ class PromptDB(Recall, Lifecycle):
         """
         packed = token_ids if isinstance(token_ids, bytes) else pack_tokens(token_ids)
         check_packed(packed)
-        root = Root(model, tokenizer, namespace, intervention, kv_codec)
+        root = known_root(model, tokenizer, namespace, intervention, kv_codec)
         with self._index.read() as reader:
             match = self._snapshot(reader).match(root, packed)
         if self._accesses is not None and self._accesses.has_many:

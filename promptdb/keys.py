@@ -74,7 +74,20 @@ class Root:
         return _root_digest(self.weights_id, self.tokenizer_id, self.namespace, self.intervention_id, self.kv_codec)
 
 
-@lru_cache(maxsize=1024)  # a lookup of every call makes the same few roots again
+def known_root(*fields: str) -> Root:
+    """Return the root of fields, one that may have been made before: lookups ask for the same few."""
+    try:
+        return _root(*fields)
+    except TypeError:  # what cannot be hashed; Root says what it must be
+        return Root(*fields)
+
+
+@lru_cache(maxsize=1024)
+def _root(*fields: str) -> Root:
+    return Root(*fields)
+
+
+@lru_cache(maxsize=1024)
 def _root_digest(weights_id: str, tokenizer_id: str, namespace: str, intervention_id: str, kv_codec: str) -> bytes:
     hasher = FieldHasher("promptdb root")
     hasher.field("version", ROOT_VERSION)

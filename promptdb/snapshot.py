@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from promptdb.access import AccessLog
 from promptdb.blobs import TensorView, parse_blob
@@ -52,8 +52,7 @@ class Verified:
         return True
 
 
-@dataclass(frozen=True)
-class Match:
+class Match(NamedTuple):
     """What is stored of a prompt: the answer of a lookup.
 
     Immutable; holds no resources. The spans may be removed by others after the lookup: reading them is then a miss.
@@ -65,7 +64,7 @@ class Match:
     num_tokens: int
     has_logits: bool
     is_damaged: bool = False  # the index could not be read: what is stored is not known
-    known_digest: bytes = field(default=b"", repr=False, compare=False)
+    known_digest: bytes = b""
 
     @property
     def end_digest(self) -> bytes:

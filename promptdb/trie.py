@@ -84,28 +84,28 @@ def match(reader: Reader, root_digest: bytes, packed: bytes, start: int = 0, kno
     One digest and one index read per step, whatever the size of the store and the number of children.
     """
     total = num_tokens(packed)
-    hasher = PrefixHasher(root_digest, packed)
-    get = reader.get
+    digest_at, get = PrefixHasher(root_digest, packed).at, reader.get
     steps: list[Step] = []
     position = start
     while True:
-        digest = hasher.at(position)
+        digest = digest_at(position)
         if position == total:
             break
         at = position * TOKEN_BYTES
-        key = child_key(digest, packed[at : at + TOKEN_BYTES])
+        first = packed[at : at + TOKEN_BYTES]
+        key = child_key(digest, first)
         found = known.get(key) if known is not None else None
         if found is None:
             value = get(CHILDREN, key)
             if value is None:
                 break
             found = _read_child(value)
-            if found[1][:TOKEN_BYTES] != packed[at : at + TOKEN_BYTES] or found[0] != node_id(digest, found[1]):
+            if not found[1].startswith(first) or found[0] != node_id(digest, found[1]):
                 raise CorruptDataError(f"the child index has another span's entry at token {position}", _REPAIR)
             if known is not None:
                 known[key] = found
         node, span = found
-        span_tokens = shared = num_tokens(span)
+        span_tokens = shared = len(span) // TOKEN_BYTES
         if not packed.startswith(span, at):
             shared = common_prefix(span, packed[at : at + len(span)])
         steps.append(Step(node, position, shared, span_tokens))
