@@ -15,7 +15,9 @@ import struct
 import subprocess
 import tempfile
 import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import redis
@@ -39,6 +41,7 @@ ROOT = Root("aa" * 32, "bb" * 32)
 # 16 KiB a token, so that a span of 256 tokens has 4 MiB.
 LAYOUT = (Group(tuple(range(8)), 8, 64, "F32"),)
 SPAN_TOKENS = 256
+ROUNDS, SPAN_ROUNDS = 15, 5
 
 
 @contextmanager
@@ -93,22 +96,45 @@ def clients(url: str, client: redis.Redis) -> list[dict]:
     rows = []
     for size in (MIB, 4 * MIB, 32 * MIB):
         value = os.urandom(size)
-        keys = (f"v/{number}" for number in itertools.count())
-        put = median(timed(lambda value=value, keys=keys: far.put([(next(keys), value)]), repeat=9, warmup=2))
-        bare_put = median(timed(lambda value=value: client.set("bare", value), repeat=9, warmup=2))
-        get = median(timed(lambda size=size: far.get(["v/0"], [size]), repeat=9, warmup=2))
-        bare_get = median(timed(lambda: client.get("bare"), repeat=9, warmup=2))
-        assert b"".join(far.get(["v/0"], [size])[0]) == client.get("bare") == value
+        numbers = itertools.count()
+
+        def put(value: bytes = value, numbers: Iterator[int] = numbers) -> None:
+            far.put([(f"v/{next(numbers)}", value)])
+
+        def bare_put(value: bytes = value, numbers: Iterator[int] = numbers) -> None:
+            client.set(f"bare{next(numbers)}", value)
+
+        rows.append(_beside(f"client: put {size // MIB} MiB", put, "redis-py", bare_put))
         client.flushall()
-        for what, ours, bare in (("put", put, bare_put), ("get", get, bare_get)):
-            rows.append(_row(f"client: {what} {size // MIB} MiB", ours, "redis-py", bare))
+        far.put([("v/x", value)])
+        client.set("bare", value)
+        get = partial(far.get, ["v/x"], [size])
+        assert b"".join(get()[0]) == client.get("bare") == value
+        rows.append(_beside(f"client: get {size // MIB} MiB", get, "redis-py", partial(client.get, "bare")))
+        client.flushall()
     far.close()
     return rows
 
 
-def _row(what: str, ours_s: float, alternative: str, other_s: float) -> dict:
-    row = {"what": what, "ms": 1000 * ours_s, "alternative": alternative, "alternative_ms": 1000 * other_s}
-    return {**row, "ratio": other_s / ours_s}
+def _beside(what: str, ours: Callable[[], object], alternative: str, other: Callable[[], object]) -> dict:
+    """Take turns: what others do to the machine, they do to both."""
+    pairs = [(_seconds(ours), _seconds(other)) for _ in range(ROUNDS + 1)]
+    return _row(what, alternative, pairs[1:])
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    return timed(work, repeat=1, warmup=0)[0]
+
+
+def _row(what: str, alternative: str, pairs: Sequence[tuple[float, float]]) -> dict:
+    """Return medians over rounds of (our, the other's) seconds; the ratio is the median of the rounds'."""
+    return {
+        "what": what,
+        "ms": 1000 * median([ours for ours, _ in pairs]),
+        "alternative": alternative,
+        "alternative_ms": 1000 * median([other for _, other in pairs]),
+        "ratio": median([other / ours for ours, other in pairs]),
+    }
 
 
 def spans(url: str, client: redis.Redis, directory: Path, **options) -> list[dict]:
@@ -118,36 +144,39 @@ def spans(url: str, client: redis.Redis, directory: Path, **options) -> list[dic
     sizes = [4 * MIB + 2000] * count
     value = os.urandom(sizes[0])
     keys = [f"bare{number}" for number in range(count)]
-    bare_put = median(timed(lambda: [client.set(key, value) for key in keys], repeat=3))
-    bare_get = median(timed(lambda: [client.get(key) for key in keys], repeat=3))
-    client.flushall()
-    sent, fetched, stored = [], [], []
-    for round_number in range(3):
+    pushed, pulled, beside_put = [], [], []
+    for round_number in range(SPAN_ROUNDS):
+        # New keys every time, as a push has them: to overwrite values is faster for the server.
+        bare_put = _seconds(lambda: [client.set(key, value) for key in keys])
+        bare_get = _seconds(lambda: [client.get(key) for key in keys])
+        client.flushall()
         one, two = directory / f"one{name}{round_number}", directory / f"two{name}{round_number}"
         with PromptDB(one, shared="none") as db:
             began = time.perf_counter()
             tokens = fill(db, count * SPAN_TOKENS)
-            stored.append(time.perf_counter() - began)
+            local_put = time.perf_counter() - began
         with PromptDB(one, shared=SharedOptions(url, timeout_s=30, **options)) as db:
             tier = connect(db)
             began = time.perf_counter()
             report_ = push(db, tier)
-            sent.append(time.perf_counter() - began)
+            pushed.append((time.perf_counter() - began, bare_put))
             assert report_.num_sent == count
         with PromptDB(two, shared=SharedOptions(url, timeout_s=30, **options)) as db:
             tier = connect(db)
             began = time.perf_counter()
             tier.pull(ROOT, [Want(pack_tokens(tokens))])
-            fetched.append(time.perf_counter() - began)
+            took = time.perf_counter() - began
+            pulled.append((took, bare_get))
+            beside_put.append((took, bare_get + local_put))
             assert db.lookup(tokens, model=ROOT.weights_id, tokenizer=ROOT.tokenizer_id).num_tokens == len(tokens)
             assert tier.calls.counts.round_trips == 1
         shutil.rmtree(one)
         shutil.rmtree(two)
         client.flushall()
     return [
-        _row(f"{name}push of {count} spans of 4 MiB", median(sent), "redis-py set", bare_put),
-        _row(f"{name}pull of {count} spans of 4 MiB, committed", median(fetched), "redis-py get", bare_get),
-        _row(f"{name}the same pull", median(fetched), "get, and one local put", bare_get + median(stored)),
+        _row(f"{name}push of {count} spans of 4 MiB", "redis-py set", pushed),
+        _row(f"{name}pull of {count} spans of 4 MiB, committed", "redis-py get", pulled),
+        _row(f"{name}the same pull", "get, and one local put", beside_put),
     ]
 
 
@@ -195,8 +224,8 @@ def sync(url: str, client: redis.Redis, directory: Path, num_mib: int) -> list[d
     client.flushall()
     shutil.rmtree(directory / "sync")
     return [
-        _row(f"push of {num_mib} MiB", took, "redis-py set", bare),
-        _row("the same again, all there", resumed, "the first time", took),
+        _row(f"push of {num_mib} MiB", "redis-py set", [(took, bare)]),
+        _row("the same again, all there", "the first time", [(resumed, took)]),
     ]
 
 
@@ -266,8 +295,8 @@ def model(url: str, directory: Path) -> list[dict]:
             found.past_key_values()
             loaded.append(time.perf_counter() - began)
     return [
-        _row("GPT-2 124M, 1,000 tokens fetched, stored, logits", median(fetched), "computing", compute_s),
-        _row("the same with keys and values in a cache", median(fetched) + median(loaded), "computing", compute_s),
+        _row("GPT-2 124M, 1,000 tokens fetched, stored, logits", "computing", [(median(fetched), compute_s)]),
+        _row("the same with keys and values in a cache", "computing", [(median(fetched) + median(loaded), compute_s)]),
     ]
 
 

@@ -17,16 +17,14 @@ from promptdb.trie import descendants
 
 @dataclass(frozen=True)
 class OutgoingSpan:
-    """A span that was read: its record, of the blobs as they are here, and where more of it is stored.
+    """A span that was read: its record, of the blobs as they are here, and where there are logits.
 
-    ``attached`` has (position, prefix digest) of the places inside the span where others stand on it, and ``logits``
-    those after which logits are stored; both rise.
+    ``logits`` has (position, prefix digest) of the places inside the span after which logits are stored, rising.
     """
 
     node: bytes
     record: NodeRecord
     blobs: dict[str, bytearray]
-    attached: list[tuple[int, bytes]]
     logits: list[tuple[int, bytes]]
 
 
@@ -69,15 +67,13 @@ class Outgoing:
         if match.num_tokens < start:
             raise CorruptDataError(f"span {node.hex()[:12]} stands on spans that cannot be found", "`promptdb verify`")
         path = [(step.node, step.start) for step in match.steps] if with_prefix else []
-        attached: list[tuple[int, bytes]] = []
         for each, at in [*path, (node, start)]:
             with self._db.read() as snapshot:
                 span = self._read(snapshot, each, prefix[: at * TOKEN_BYTES])
             if span is None:
                 raise CorruptDataError(f"span {each.hex()[:12]} was removed just now", "export again")
             yield span
-            attached = span.attached
-        yield from self._walk(bytearray(prefix), attached)
+        yield from self._walk(bytearray(prefix), self._attached(start, prefix))
 
     def logits(self, digest: bytes) -> bytearray | None:
         """Return the blob of the logits after a prefix, or None if they are gone or damaged."""
@@ -131,7 +127,7 @@ class Outgoing:
                 continue
             tokens[position * TOKEN_BYTES :] = span.record.span
             yield span
-            levels.append(_Level(span.attached))
+            levels.append(_Level(self._attached(position, bytes(tokens))))
 
     def _next(self, level: _Level, prefix: bytes) -> OutgoingSpan | None:
         """Return the next span that holds at the last place of a level, or None if there is none."""
@@ -172,14 +168,20 @@ class Outgoing:
         record = record._replace(blobs=entries)
         check_record(record)
         check_blobs(record, blobs)
-        attached, logits = [], []
-        for position in range(start + 1, record.end + 1):
-            digest = hasher.at(position)
-            if next(snapshot.reader.keys(CHILDREN, digest), None) is not None:
-                attached.append((position, digest))
-            if snapshot.reader.size(LOGITS, digest) is not None:
-                logits.append((position, digest))
-        return OutgoingSpan(node, record, blobs, attached, logits)
+        ends = ((position, hasher.at(position)) for position in range(start + 1, record.end + 1))
+        logits = [(position, digest) for position, digest in ends if snapshot.reader.size(LOGITS, digest) is not None]
+        return OutgoingSpan(node, record, blobs, logits)
+
+    def _attached(self, start: int, packed: bytes) -> list[tuple[int, bytes]]:
+        """Return (position, prefix digest), rising, where spans stand on the tokens from ``start`` on."""
+        hasher = PrefixHasher(self._root.digest, packed)
+        found = []
+        with self._db.read() as snapshot:
+            for position in range(start + 1, len(packed) // TOKEN_BYTES + 1):
+                digest = hasher.at(position)
+                if next(snapshot.reader.keys(CHILDREN, digest), None) is not None:
+                    found.append((position, digest))
+        return found
 
 
 class _Level:

@@ -28,6 +28,7 @@ from promptdb.shared_tags import Tagged, send_tags
 if TYPE_CHECKING:
     from promptdb.db import PromptDB
 
+_FIRST_BATCH_BYTES = 4 << 20
 _BATCH_BYTES = 32 << 20
 _BATCH_SPANS = 64
 _LIST_KEYS = 1000
@@ -91,9 +92,11 @@ def push(
         looked_at += sum(record.size_bytes for node, record in page if node not in lacking)
         progress(looked_at)
     with ThreadPoolExecutor(1, "promptdb-push") as ahead:
-        following = ahead.submit(_load_batch, db, wanted)
+        most_bytes = _FIRST_BATCH_BYTES  # so that sending begins soon
+        following = ahead.submit(_load_batch, db, wanted, most_bytes)
         while batch := following.result():
-            following = ahead.submit(_load_batch, db, wanted)
+            most_bytes = min(2 * most_bytes, _BATCH_BYTES)
+            following = ahead.submit(_load_batch, db, wanted, most_bytes)
             report += tier.pusher.push(batch)
             looked_at += sum(parcel.record.size_bytes for parcel in batch)
             progress(looked_at)
@@ -139,11 +142,11 @@ def _lacking(db: PromptDB, tier: Tier, page: Sequence[tuple[bytes, NodeRecord]])
     return [node for _, node in sorted(lacking)]
 
 
-def _load_batch(db: PromptDB, wanted: deque[bytes]) -> list[Parcel]:
-    """Read the next spans; those that are gone or damaged are left out."""
+def _load_batch(db: PromptDB, wanted: deque[bytes], most_bytes: int) -> list[Parcel]:
+    """Read the next spans, until they are so many bytes; those that are gone or damaged are left out."""
     batch: list[Parcel] = []
     size_bytes = 0
-    while wanted and size_bytes < _BATCH_BYTES and len(batch) < _BATCH_SPANS:
+    while wanted and size_bytes < most_bytes and len(batch) < _BATCH_SPANS:
         try:
             batch.append(load_parcel(db, wanted.popleft()))
         except (NodeNotFoundError, CorruptDataError):
