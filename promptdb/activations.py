@@ -15,7 +15,7 @@ from itertools import accumulate, pairwise
 from math import prod
 from typing import TYPE_CHECKING, NamedTuple
 
-from promptdb.blobs import DTYPE_BYTES, TensorSpec, TensorView, build_blob, parse_blob
+from promptdb.blobs import DTYPE_BYTES, Blob, TensorSpec, TensorView, build_blob, parse_blob
 from promptdb.errors import CorruptDataError, InputTypeError
 from promptdb.format import ACTIVATIONS, CHECKSUM_BYTES, checksum
 from promptdb.hook_points import POINTS
@@ -240,7 +240,7 @@ def is_of(entry: Entry, series: Series, span_tokens: int, start: int | None) -> 
     return entry.lengths is None or entry.lengths[0] - 1 - entry.tokens()[0] == start
 
 
-def merged(old: Entry, new: Entry) -> bytearray | None:
+def merged(old: Entry, new: Entry) -> Blob | None:
     """Return the blob of both entries' rows, those of ``old`` where both have one, or None if ``new`` adds nothing.
 
     Raises
@@ -268,7 +268,7 @@ def merged(old: Entry, new: Entry) -> bytearray | None:
     return build_blob(list(zip(specs, contents, strict=True)))
 
 
-def cut_entry(entry: Entry, first: int, count: int, start: int) -> bytearray:
+def cut_entry(entry: Entry, first: int, count: int, start: int) -> Blob:
     """Return the blob of some rows of an entry, of those tokens of its span that are one from token ``start`` on."""
     tokens = [token - start for token in entry.tokens()[first : first + count]]
     lengths = None if entry.lengths is None else entry.lengths[first : first + count]

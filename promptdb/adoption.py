@@ -12,6 +12,7 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
+from promptdb.blobs import Blob
 from promptdb.commits import Bytes, PutRequest, SpanPayload
 from promptdb.errors import CorruptDataError
 from promptdb.format import KV_BLOB, LOGPROBS_BLOB, NodeRecord
@@ -34,7 +35,7 @@ class _Span(NamedTuple):
     start: int
     end: int
     record: NodeRecord
-    blobs: dict[str, bytearray]
+    blobs: dict[str, Blob]
 
     def payload(self, position: int) -> SpanPayload:
         """Return it without what is before a position."""

@@ -19,7 +19,13 @@ from operator import itemgetter
 from struct import Struct, unpack
 from typing import Any, NamedTuple
 
+from promptdb.buffers import POOL
 from promptdb.errors import CorruptDataError
+
+Blob = bytearray | memoryview
+
+# From here on, fresh memory costs more than the pool.
+_POOLED_BYTES = 1 << 20
 
 DTYPE_BYTES = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1,
@@ -139,10 +145,11 @@ def _plan(tensors: tuple[TensorSpec, ...], metadata: tuple[tuple[str, str], ...]
 
 def build_blob(
     tensors: Sequence[tuple[TensorSpec, bytes | memoryview]], metadata: Mapping[str, str] | None = None
-) -> bytearray:
-    """Return a blob with a copy of small tensors that are already bytes."""
+) -> Blob:
+    """Return a blob with a copy of tensors that are already bytes; a large one is in pooled memory."""
     plan = plan_blob([spec for spec, _ in tensors], metadata)
-    blob = bytearray(plan.size_bytes)
+    is_large = plan.size_bytes >= _POOLED_BYTES
+    blob = memoryview(POOL.lease(plan.size_bytes)).cast("B") if is_large else bytearray(plan.size_bytes)
     blob[: len(plan.header)] = plan.header
     for (spec, data), offset in zip(tensors, plan.offsets_bytes, strict=True):
         if len(data) != spec.size_bytes:

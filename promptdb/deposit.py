@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from promptdb.activations import Entry, Series, cut_entry
+from promptdb.blobs import Blob
 from promptdb.commits import Bytes, PutRequest, SpanPayload
 from promptdb.db import PromptDB
 from promptdb.errors import CorruptDataError, PromptDBError, StoreError
@@ -81,7 +82,7 @@ class _Chain:
         self.root = root
         self.packed = packed
         self.start = start
-        self.spans: list[tuple[NodeRecord, Mapping[str, bytearray]]] = []
+        self.spans: list[tuple[NodeRecord, Mapping[str, Blob]]] = []
         self.logits: dict[int, Bytes] = {}
 
     def goes_on_with(self, root: Root, packed: bytes, start: int) -> bool:
@@ -100,7 +101,7 @@ class _Chain:
         return sum(position <= end for position in self.logits)
 
 
-def _payload(record: NodeRecord, blobs: Mapping[str, bytearray], position: int) -> SpanPayload:
+def _payload(record: NodeRecord, blobs: Mapping[str, Blob], position: int) -> SpanPayload:
     """Return a span, without its tokens before ``position``."""
     skip = max(0, position - record.start)
     kept: Mapping[str, Bytes] = trim(record, blobs, skip) if skip else blobs
@@ -132,7 +133,7 @@ class Deposit:
             record = snapshot.record(steps[-1].node) if steps else None
         return record.layout if record is not None else None
 
-    def span(self, root: Root, packed: bytes, record: NodeRecord, blobs: Mapping[str, bytearray]) -> None:
+    def span(self, root: Root, packed: bytes, record: NodeRecord, blobs: Mapping[str, Blob]) -> None:
         """Store a span unless it is there. What it stands on was handed in before, or is in the store.
 
         Parameters

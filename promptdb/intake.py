@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from promptdb.activations import LENGTHS, OFFSETS, ROWS, Entry, Series, is_of, read_entry
-from promptdb.blobs import DTYPE_BYTES, TensorSpec, TensorView, build_blob, parse_blob
+from promptdb.blobs import DTYPE_BYTES, Blob, TensorSpec, TensorView, build_blob, parse_blob
 from promptdb.errors import CorruptDataError, IdentityError
 from promptdb.format import KV_BLOB, LOGPROBS_BLOB, Layout, NodeRecord
 from promptdb.hook_points import POINTS, HookVariableNames, is_module_path
@@ -239,7 +239,7 @@ def check_activations(record: NodeRecord, name: bytes, blob: Bytes) -> tuple[Ser
     return series, entry
 
 
-def own_tensors(record: NodeRecord, kind: str, tensors: Mapping[str, TensorView]) -> bytearray:
+def own_tensors(record: NodeRecord, kind: str, tensors: Mapping[str, TensorView]) -> Blob:
     """Return a blob with those tensors of a stored one that an archive holds, in the order of FORMAT.md."""
     specs = _own_kv_specs(record) if kind == KV_BLOB else score_specs(record.num_tokens)
     present = [spec for spec in specs if spec.name in tensors]
@@ -247,12 +247,12 @@ def own_tensors(record: NodeRecord, kind: str, tensors: Mapping[str, TensorView]
     return build_blob([(spec, tensors[spec.name].data) for spec in present])
 
 
-def own_logits(view: TensorView) -> bytearray:
+def own_logits(view: TensorView) -> Blob:
     """Return a blob with stored logits alone."""
     return build_blob([(TensorSpec("logits", view.dtype, view.shape), view.data)])
 
 
-def trim(record: NodeRecord, blobs: Mapping[str, Bytes], skip: int, stop: int | None = None) -> dict[str, bytearray]:
+def trim(record: NodeRecord, blobs: Mapping[str, Bytes], skip: int, stop: int | None = None) -> dict[str, Blob]:
     """Return checked blobs of a span without its first ``skip`` tokens, and those from ``stop`` on: one copy."""
     stop = record.num_tokens if stop is None else stop
     left = stop - skip

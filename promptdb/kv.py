@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from promptdb.blobs import TensorSpec, TensorView, build_blob, parse_blob, plan_blob
+from promptdb.blobs import Blob, TensorSpec, TensorView, build_blob, parse_blob, plan_blob
 from promptdb.buffers import POOL, Slab
 from promptdb.cache import DTYPE_NAMES, TORCH_DTYPES, PromptCache, layout_of, pooled_empty
 from promptdb.errors import CorruptDataError, NonFiniteError
@@ -83,9 +83,7 @@ class KvSource:
             target[at].copy_(self.cache.slot(slot)[0, :, start:end])
 
 
-def encode_span(
-    source: KvSource, start: int, end: int, scores: TokenScores, kv_codec: str = ""
-) -> dict[str, memoryview | bytearray]:
+def encode_span(source: KvSource, start: int, end: int, scores: TokenScores, kv_codec: str = "") -> dict[str, Blob]:
     """Return the blobs of tokens ``[start, end)`` of a cache: one copy, into pooled memory.
 
     Parameters
@@ -119,7 +117,7 @@ def encode_span(
     return {KV_BLOB: blob, LOGPROBS_BLOB: _encode_scores(bytes_of(scores.logprobs), bytes_of(scores.greedy_ids))}
 
 
-def _encode_scores(logprobs: bytes | memoryview, greedy_ids: bytes | memoryview) -> bytearray:
+def _encode_scores(logprobs: bytes | memoryview, greedy_ids: bytes | memoryview) -> Blob:
     shape = (len(logprobs) // 4,)
     return build_blob(
         [(TensorSpec("token_logprobs", "F32", shape), logprobs), (TensorSpec("greedy_ids", "I32", shape), greedy_ids)]
@@ -138,7 +136,7 @@ def _check_finite(tensor: torch.Tensor, number: int) -> None:
         )
 
 
-def encode_logits(logits: torch.Tensor) -> bytearray:
+def encode_logits(logits: torch.Tensor) -> Blob:
     """Return the blob of next-token logits ``[vocabulary]``.
 
     Raises
@@ -151,7 +149,7 @@ def encode_logits(logits: torch.Tensor) -> bytearray:
     return build_blob([(TensorSpec("logits", DTYPE_NAMES[logits.dtype], tuple(logits.shape)), bytes_of(logits))])
 
 
-def trim_blobs(blobs: Mapping[str, bytes | bytearray | memoryview], skip: int) -> dict[str, memoryview | bytearray]:
+def trim_blobs(blobs: Mapping[str, bytes | bytearray | memoryview], skip: int) -> dict[str, Blob]:
     """Return the blobs of a span without its first ``skip`` tokens."""
     tensors = []
     for name, view in parse_blob(blobs[KV_BLOB]).items():  # the third dimension of each is that of tokens

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Set
 from dataclasses import dataclass
 
 from promptdb.activations import cut_entry, read_entry
+from promptdb.blobs import Blob
 from promptdb.db import PromptDB
 from promptdb.errors import CorruptDataError, NodeNotFoundError
 from promptdb.format import ACTIVATIONS, CHILDREN, KV_BLOB, LOGITS, LOGPROBS_BLOB, BlobEntry, NodeRecord, checksum
@@ -24,7 +25,7 @@ class OutgoingSpan:
 
     node: bytes
     record: NodeRecord
-    blobs: dict[str, bytearray]
+    blobs: dict[str, Blob]
     logits: list[tuple[int, bytes]]
 
 
@@ -75,7 +76,7 @@ class Outgoing:
             yield span
         yield from self._walk(bytearray(prefix), self._attached(start, prefix))
 
-    def logits(self, digest: bytes) -> bytearray | None:
+    def logits(self, digest: bytes) -> Blob | None:
         """Return the blob of the logits after a prefix, or None if they are gone or damaged."""
         with self._db.read() as snapshot:
             try:
@@ -88,7 +89,7 @@ class Outgoing:
                 return None
         return blob
 
-    def activations(self, span: OutgoingSpan) -> Iterator[tuple[bytes, bytearray]]:
+    def activations(self, span: OutgoingSpan) -> Iterator[tuple[bytes, Blob]]:
         """Yield what is recorded of a span: the key of each entry without the node ID, and its blob.
 
         Each is read in a snapshot of its own. Damaged ones are left out, and counted in ``num_damaged_entries``.

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import BinaryIO, cast
 
+from promptdb.blobs import Blob
 from promptdb.db import PromptDB
 from promptdb.deposit import Deposit, ImportReport
 from promptdb.errors import CorruptDataError
@@ -49,7 +50,7 @@ class Parcel:
     node: bytes
     record: NodeRecord
     prefix: bytes
-    blobs: Mapping[str, bytearray]
+    blobs: Mapping[str, Blob]
     logits: tuple[tuple[int, Bytes], ...]
 
     @property

@@ -19,7 +19,7 @@ ORDER = (
     "version", "errors", "events", "plots", "pictures",
     "hashing", "code_identity", "libraries", "placement", "refusals", "identity", "tokenizer_identity",
     "watch", "checkpoint",
-    "keys", "tokens", "format", "blobs", "buffers", "packing",
+    "keys", "tokens", "format", "buffers", "blobs", "packing",
     "hook_points", "hook_places", "hook_context", "hook_binding",
     "tables", "filesystem", "memory", "allocator", "writeback", "presence", "reserve", "maplock", "lmdb_errors",
     "pages", "environment", "index",
