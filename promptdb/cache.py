@@ -70,14 +70,28 @@ class PromptLayer(DynamicLayer):  # type: ignore[misc]
         self._buffers: tuple[torch.Tensor, torch.Tensor] | None = None
         self._num_written = 0
 
-    def fill(self, keys: torch.Tensor, values: torch.Tensor, num_tokens: int) -> None:
+    def fill(self, buffers: tuple[torch.Tensor, torch.Tensor], num_tokens: int) -> None:
         """Take over buffers whose first ``num_tokens`` tokens are filled."""
+        self.adopt(buffers, (buffers[0][:, :, :num_tokens], buffers[1][:, :, :num_tokens]))
+
+    def adopt(self, buffers: tuple[torch.Tensor, torch.Tensor], filled: tuple[torch.Tensor, torch.Tensor]) -> None:
+        """Take over buffers, given the views of their tokens that are filled."""
+        keys = buffers[0]
         self.dtype, self.device = keys.dtype, keys.device
-        self._buffers = (keys, values)
+        self._buffers = buffers
         self._capacity = keys.shape[-2]
-        self.keys, self.values = keys[:, :, :num_tokens], values[:, :, :num_tokens]
-        self._num_written = num_tokens
+        self.keys, self.values = filled
+        self._num_written = self.keys.shape[-2]
         self.is_initialized = True
+
+    def room(self) -> int:
+        """Return how many tokens fit in place, or 0 if this layer does not append in place."""
+        return self._buffers[0].shape[-2] if self._buffers is not None and self._owns() else 0
+
+    def rewind(self, num_tokens: int) -> None:
+        """Forget all but the first tokens of a layer that appends in place; the next are written over the rest."""
+        assert self._buffers is not None
+        self.fill(self._buffers, num_tokens)
 
     def _owns(self) -> bool:
         return (
@@ -120,7 +134,7 @@ class PromptLayer(DynamicLayer):  # type: ignore[misc]
                 pooled_empty((1, states.shape[1], room, states.shape[3]), states.dtype, states.device)
                 for states in (key_states, value_states)
             ]
-            self.fill(buffers[0], buffers[1], 0)
+            self.fill((buffers[0], buffers[1]), 0)
         if not self._owns() or torch.is_grad_enabled():
             self._buffers = None
             return super().update(key_states, value_states, *args, **kwargs)  # type: ignore[no-any-return]
@@ -142,7 +156,7 @@ class PromptLayer(DynamicLayer):  # type: ignore[misc]
             larger = pooled_empty((1, buffer.shape[1], room, buffer.shape[3]), buffer.dtype, buffer.device)
             larger[:, :, :past].copy_(buffer[:, :, :past])
             grown.append(larger)
-        self.fill(grown[0], grown[1], past)
+        self.fill((grown[0], grown[1]), past)
 
     def reset(self) -> None:
         """Forget everything."""
@@ -179,15 +193,17 @@ class PromptCache(DynamicCache):  # type: ignore[misc]
         stacks = [
             pooled_empty(shape, TORCH_DTYPES[group.dtype], device) for shape, group in zip(shapes, layout, strict=True)
         ]
-        slots = {
-            slot: stack[at].unsqueeze(0)
-            for group, stack in zip(layout, stacks, strict=True)
-            for at, slot in enumerate(group.slots)
-        }
+        # Views of all slots at once: one at a time they would take longer than everything else here.
+        slots: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        for group, stack in zip(layout, stacks, strict=True):
+            each = stack.unsqueeze(1)
+            filled = each.narrow(3, 0, num_tokens).unbind(0)
+            slots.update(zip(group.slots, zip(each.unbind(0), filled, strict=True), strict=True))
         layers = [PromptLayer(capacity) for _ in range(max(slots, default=-1) // 2 + 1)]
         for number, layer in enumerate(layers):
             if 2 * number in slots:
-                layer.fill(slots[2 * number], slots[2 * number + 1], num_tokens)
+                (keys, kept_keys), (values, kept_values) = slots[2 * number], slots[2 * number + 1]
+                layer.adopt((keys, values), (kept_keys, kept_values))
         cache = cls(capacity, layers)
         cache._stacks = stacks
         return cache
@@ -200,10 +216,28 @@ class PromptCache(DynamicCache):  # type: ignore[misc]
         if len(self._stacks) != len(layout):
             return None
         for group, stack in zip(layout, self._stacks, strict=True):
-            for at, slot in enumerate(group.slots):
-                if not _same_place(self.slot(slot), stack[at].unsqueeze(0)):
+            memory, (first, *strides) = stack.untyped_storage().data_ptr(), stack.stride()
+            offset = stack.storage_offset()
+            for slot in group.slots:
+                view = self.slot(slot)
+                same = view.storage_offset() == offset and [*view.stride()[1:]] == strides
+                if not same or view.untyped_storage().data_ptr() != memory:
                     return None
+                offset += first
         return self._stacks
+
+    def rewind(self, num_tokens: int, total: int) -> bool:
+        """Forget all but the first tokens, if there is room for ``total`` in place; return whether that was done.
+
+        The next tokens are written over what was forgotten: only for those who know that nobody else has seen any of
+        the cache's tensors.
+        """
+        layers = [layer for layer in self.layers if layer.is_initialized]
+        if any(layer.room() < total for layer in layers):
+            return False
+        for layer in layers:
+            layer.rewind(num_tokens)
+        return True
 
     def slot(self, slot: int) -> torch.Tensor:
         """Return keys (even slots) or values (odd ones) of layer ``slot // 2``, ``[1, kv_heads, tokens, head_dim]``."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from time import perf_counter
 from typing import TYPE_CHECKING
@@ -50,6 +51,7 @@ class Held:
     scores: TokenScores
     logits: torch.Tensor  # [vocabulary], after the last token
     is_stored: bool  # or about to be
+    is_private: bool  # nobody else can have seen the cache's tensors: no hooks were in the pass
 
     def shared_tokens(self, root: Root, packed: bytes) -> int:
         """Return how many tokens of a prompt are held."""
@@ -78,6 +80,7 @@ class Extender:
         self.cost = CostModel()
         self.storer = Storer(db, write_behind=write_behind)
         self.held: Held | None = None
+        self._held_lock = threading.Lock()  # held while the held cache is copied, or taken over
         self._strict = strict
         self.loader = Loader(db)
         self.tier = connect(db)
@@ -313,7 +316,7 @@ class Extender:
                 provenance=provenance,
             )
         last = result.logits[total - 1]
-        self.held = Held(root, asked.packed, cache, scores, last, is_stored)
+        self.held = Held(root, asked.packed, cache, scores, last, is_stored, self._is_plain())
         kept = scores[1:].clone()
         return Representation(
             packed=asked.packed,
@@ -343,9 +346,12 @@ class Extender:
         held, known = self.held, match.num_tokens
         shared = 0 if from_start else self._held_tokens(match.root, match.packed)
         before: torch.Tensor | None = None
-        if held is not None and shared > known:
+        # Of what is stored as well, the held copy is at hand; unless what is stored is not the same numbers.
+        if held is not None and (shared > known or (0 < shared == known and not match.root.kv_codec)):
             if shared == len(held.scores) < total:
                 before = held.logits.cpu()
+            elif shared == known < total:
+                before = self.loader.logits(match)
             known, first_new = shared, shared if held.is_stored else match.num_tokens
         else:
             held, first_new = None, match.num_tokens
@@ -359,8 +365,8 @@ class Extender:
             if self.layout:  # known from the last computation: one tensor per group of layers, not two per layer
                 cache = PromptCache.of_layout(self.layout, 0, capacity, runner.device)
         elif held is not None:
-            cache = held.cache.copy(start, capacity)
             scores[:known] = held.scores[:known]
+            cache = self._continued(held, start, total)
         else:
             loaded = self.loader.prefix(match, start, capacity, runner.device, self.cost)
             if loaded is None:
@@ -371,15 +377,31 @@ class Extender:
             scores[known : known + 1] = token_scores(before[None], torch.tensor([token], device="cpu"))
         return start, cache, scores, first_new
 
+    def _is_plain(self) -> bool:
+        """Whether passes are free of hooks, which could keep what they see of a cache."""
+        return self.runner.attach is nullcontext
+
+    def _continued(self, held: Held, num_tokens: int, total: int) -> PromptCache:
+        """Return a cache with the first tokens of the held one, and room for ``total``: the held one itself, if may be.
+
+        Questions after the same context, and turns of a conversation, then cost no copy of what they share.
+        """
+        with self._held_lock:
+            if held is self.held and held.is_private and self._is_plain() and held.cache.rewind(num_tokens, total):
+                self.held = None  # its last tokens are about to be written over
+                return held.cache
+            return held.cache.copy(num_tokens, total + SPARE_TOKENS)
+
     # Keys and values
 
     def cache_of(self, match: Match, num_tokens: int) -> PromptCache | None:
         """Return a fresh cache with the first tokens of a prompt, or None if they are neither held nor stored."""
         if num_tokens == 0:
             return PromptCache(SPARE_TOKENS)
-        held = self.held
-        if held is not None and self._held_tokens(match.root, match.packed) >= num_tokens:
-            return held.cache.copy(num_tokens, num_tokens + SPARE_TOKENS)
+        with self._held_lock:
+            held = self.held
+            if held is not None and self._held_tokens(match.root, match.packed) >= num_tokens:
+                return held.cache.copy(num_tokens, num_tokens + SPARE_TOKENS)
         if match.num_tokens < num_tokens:
             return None
         capacity = num_tokens + SPARE_TOKENS

@@ -179,12 +179,15 @@ class Runner:
 
     def check_placement(self) -> None:
         """Raise if the model is spread over several devices, or not in memory. Costs microseconds per parameter."""
-        devices = {
-            device_of(module, parameter) if parameter.is_meta else parameter.device
+        parameters = [
+            (module, parameter)
             for module in self._modules
             for parameter in module._parameters.values()
             if parameter is not None
-        }
+        ]
+        devices = {parameter.device for _, parameter in parameters}
+        if any(device.type == "meta" for device in devices):  # those that an offloading hook brings when they are used
+            devices = {device_of(module, parameter) for module, parameter in parameters}
         if len(devices) != 1 or next(iter(devices)).type == "meta":
             raise ModelPlacementError(
                 f"the model's weights are on {', '.join(sorted(map(str, devices))) or 'no device'}",

@@ -99,6 +99,7 @@ class Snapshot:
         self._verified = verified
         self._accesses = accesses
         self._clock = clock
+        self._last: tuple[bytes, bytes, NodeRecord] | None = None  # read last: a load asks for a record three times
 
     def match(self, root: Root, packed: bytes, known: KnownSpans | None = None) -> Match:
         """Find the longest stored prefix of a prompt that has not expired; see :func:`promptdb.trie.match`."""
@@ -129,12 +130,16 @@ class Snapshot:
         CorruptDataError
             The record fails its checksum, or is not the record of that node.
         """
-        data = self.reader.get(NODES, node)
-        if data is None:
+        found = self.reader.get(NODES, node)
+        if found is None:
             return None
+        data = bytes(found)
+        if self._last is not None and self._last[:2] == (node, data):  # a writer may see another one the next time
+            return self._last[2]
         record = NodeRecord.unpack(node, data)
         if node_id(record.child_hash, record.span) != node:
             raise CorruptDataError(f"the record under node {node[:8].hex()} belongs to another span")
+        self._last = node, data, record
         return record
 
     def blob(self, node: bytes, record: NodeRecord, kind: str) -> dict[str, TensorView] | None:

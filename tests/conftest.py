@@ -51,6 +51,14 @@ def shared_tokenizer():
     return byte_tokenizer()
 
 
+def plain_logits(model, token_ids):
+    """Return the logits ``[vocabulary]`` after the last of some tokens, from one pass of the model."""
+    import torch
+
+    with torch.no_grad():
+        return model(torch.tensor([list(token_ids)])).logits[0, -1]
+
+
 @pytest.fixture
 def tokenizer():
     return shared_tokenizer()

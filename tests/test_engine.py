@@ -10,7 +10,6 @@ import weakref
 import pytest
 import torch
 from conftest import TEXT, shared_model
-from transformers import DynamicCache
 
 from promptdb import Engine, PromptDB
 from promptdb.demo_models import random_model
@@ -188,111 +187,6 @@ class TestNonFinite:
         with Engine(db, model, tokenizer) as engine, pytest.raises(NonFiniteError):
             engine.get("Hello there.")
         assert db.stat()["num_nodes"] == 0
-
-
-class TestCaches:
-    def test_every_caller_gets_its_own(self, engine):
-        representation = engine.get(TEXT)
-        first, second = representation.past_key_values(), representation.past_key_values()
-        before = second.layers[0].keys.clone()
-        first.layers[0].keys.zero_()
-        with torch.no_grad():
-            engine.model(torch.tensor([[5, 6]]), past_key_values=first, use_cache=True)
-        assert torch.equal(second.layers[0].keys, before)
-        assert torch.equal(representation.past_key_values().layers[0].keys, before)
-
-    def test_memory_is_not_used_again_while_a_tensor_lives(self, engine):
-        engine.get(TEXT)
-        engine._extender.held = None
-        kept = engine.get(TEXT).past_key_values().layers[1].values
-        before = kept.clone()
-        gc.collect()
-        for _ in range(5):
-            other = engine.get([7] * 80)
-            other.past_key_values().layers[1].values.fill_(3.0)
-            engine._extender.held = None
-        assert torch.equal(kept, before)
-
-    def test_appends_in_place(self, engine):
-        engine.get([7, 8, 9])  # the first computation finds out the shapes, the second one uses them
-        for fresh in (True, False):
-            engine.get(TEXT if fresh else TEXT + " again")
-            cache = engine._extender.held.cache
-            assert all(layer._owns() for layer in cache.layers)
-            assert cache.stacks(engine._extender.layout) is not None
-            place = cache.layers[0].keys.data_ptr()
-            with torch.no_grad():
-                engine.model(torch.tensor([[5, 6]]), past_key_values=cache, use_cache=True)
-            assert cache.layers[0].keys.data_ptr() == place
-
-    def test_another_dtype_is_not_converted_silently(self, engine):
-        cache = engine.get(TEXT).past_key_values()
-        layer = cache.layers[0]
-        more = torch.zeros(1, layer.keys.shape[1], 1, layer.keys.shape[3], dtype=torch.bfloat16)
-        with torch.no_grad(), pytest.raises(UnsupportedModelError, match="bfloat16"):
-            layer.update(more, more)
-
-    def test_cut_short(self, engine):
-        whole = engine.get(TEXT)
-        for num_tokens in (0, 1, 17, whole.num_tokens):
-            cache = whole.past_key_values(num_tokens)
-            assert cache.get_seq_length() == num_tokens
-        with pytest.raises(InputTypeError):
-            whole.past_key_values(whole.num_tokens + 1)
-
-    def test_continuing_by_hand_equals_one_pass(self, engine):
-        ids = torch.tensor([engine.get(TEXT).token_ids])
-        cache = engine.get(TEXT).past_key_values(40)
-        with torch.no_grad():
-            whole = engine.model(ids).logits
-            rest = engine.model(
-                ids[:, 40:],
-                past_key_values=cache,
-                attention_mask=torch.ones_like(ids),
-                position_ids=torch.arange(40, ids.shape[1])[None],
-            ).logits
-        torch.testing.assert_close(rest, whole[:, 40:], rtol=0, atol=1e-5)
-
-    def test_growing_past_its_room_and_with_gradients(self, engine):
-        cache = engine.get(TEXT).past_key_values(10)
-        reference = DynamicCache()
-        for layer, number in zip(cache.layers, range(2), strict=True):
-            reference.update(layer.keys.clone(), layer.values.clone(), number)
-        ids = torch.tensor([engine.get(TEXT).token_ids])
-        for first in range(10, 95, 5):
-            for each in (cache, reference):
-                with torch.set_grad_enabled(first > 80):
-                    engine.model(ids[:, first : first + 5], past_key_values=each, use_cache=True)
-        ids = torch.randint(5, 300, (1, 300))
-        for each in (cache, reference):
-            with torch.no_grad():
-                engine.model(ids, past_key_values=each, use_cache=True)
-        for one, other in zip(cache.layers, reference.layers, strict=True):
-            torch.testing.assert_close(one.keys, other.keys, rtol=0, atol=1e-5)
-
-    def test_a_representation_keeps_no_keys_and_values_alive(self, engine):
-        representations = [engine.get([5 + n, 6, 7, 8]) for n in range(3)]
-        cache = weakref.ref(engine._extender.held.cache)
-        engine.get([9, 9, 9])
-        gc.collect()
-        assert cache() is None
-        assert [each.past_key_values().get_seq_length() for each in representations] == [4, 4, 4]
-
-    def test_keys_and_values_that_were_removed_are_computed_again(self, engine):
-        representation = engine.get(TEXT)
-        expected = representation.past_key_values()
-        engine.flush()
-        engine._extender.held = None
-        root_nodes = [node for node, record in engine.db.nodes() if record.start == 0]
-        assert engine.db.remove(root_nodes[0]) > 1
-        again = representation.past_key_values()
-        torch.testing.assert_close(again.layers[0].keys, expected.layers[0].keys, rtol=0, atol=1e-5)
-
-    def test_not_stored_on_request(self, engine):
-        representation = engine.get(TEXT, store=False)
-        engine.flush()
-        assert engine.db.stat()["num_nodes"] == 0
-        assert representation.past_key_values().get_seq_length() == representation.num_tokens
 
 
 class TestWriteBehind:

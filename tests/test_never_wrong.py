@@ -12,7 +12,7 @@ import time
 
 import pytest
 import torch
-from conftest import TEXT, shared_model, shared_tokenizer
+from conftest import TEXT, plain_logits, shared_model, shared_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -20,11 +20,6 @@ from promptdb import Engine
 from promptdb.buffers import BufferPool, Slab
 from promptdb.demo_models import random_model
 from promptdb.errors import IdentityError, InputTypeError, ModelError, StoreError, TrainModeError, UnsupportedModelError
-
-
-def plain_logits(model, token_ids):
-    with torch.no_grad():
-        return model(torch.tensor([list(token_ids)])).logits[0, -1]
 
 
 def in_child(work):
