@@ -114,7 +114,7 @@ def counting(engine):
     return counts
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=10, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.integers(0, 10**6), st.sampled_from(["packed", "batched", "single"]), st.booleans())
 def test_tokens_through_the_model_are_the_distinct_missing_ones(seed, way, want_more):
     rng = random.Random(seed)

@@ -34,7 +34,7 @@ def tokens_of(segments, branches, number, start, end):
     return [tuple(prompt[: at + 1]) for at in range(start, end)]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(batches(), st.booleans())
 def test_segments_are_the_distinct_prefixes(batch, want_logits):
     prompts, stored, _, branches = batch
@@ -82,7 +82,7 @@ def wanted_tokens(prompts, stored, with_logits, *, want_logits):
     return wanted
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=250, deadline=None)
 @given(
     batches(),
     st.booleans(),

@@ -30,7 +30,7 @@ class CodedMachine(StoreMachine):
 
 slow = [HealthCheck.too_slow, HealthCheck.filter_too_much]
 TestMemoryStore = MemoryMachine.TestCase
-TestMemoryStore.settings = settings(max_examples=40, stateful_step_count=25, deadline=None, suppress_health_check=slow)
+TestMemoryStore.settings = settings(max_examples=25, stateful_step_count=25, deadline=None, suppress_health_check=slow)
 TestLmdbStore = LmdbMachine.TestCase
 TestLmdbStore.settings = settings(max_examples=15, stateful_step_count=20, deadline=None, suppress_health_check=slow)
 TestCodedStore = CodedMachine.TestCase
