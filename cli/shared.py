@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
-from typing import Any
+from functools import wraps
+from typing import Any, NamedTuple
 
 import click
 
@@ -47,31 +48,54 @@ def opened(path: str | None, shared: str | None, *, readonly: bool = False) -> I
         yield db, tier
 
 
-def _selected(db: PromptDB, node: str | None, model: str | None, namespace: str | None, tag: str | None) -> Selection:
-    return Selection(
-        node=_one_kind(db, node, model, namespace, tag),
-        weights_ids=None if model is None else frozenset(find_weights(db, model)),
-        namespace=namespace,
-        tag=tag,
-    )
+class Asked(NamedTuple):
+    """Which spans a command is asked to move."""
+
+    node: str | None
+    model: str | None
+    namespace: str | None
+    tag: str | None
+
+    def find_node(self, db: PromptDB) -> bytes | None:
+        """Return the ID of the span that was asked for, if one was."""
+        if self.node is not None and (self.model, self.namespace, self.tag) != (None, None, None):
+            raise click.UsageError(
+                "NODE is one span, and what goes on from it: no --model, --namespace or --tag beside it"
+            )
+        if self.tag is not None:
+            check_name(self.tag, may_be_empty=False)
+        return None if self.node is None else find_node(db, self.node)
+
+    def selection(self, db: PromptDB, weights_ids: Iterable[str] | None) -> Selection:
+        """Return what that is of a store, of models with these weights IDs."""
+        known = None if weights_ids is None else frozenset(weights_ids)
+        return Selection(node=self.find_node(db), weights_ids=known, namespace=self.namespace, tag=self.tag)
+
+
+def asking(model_help: str, tag_help: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Add NODE, ``--model``, ``--namespace`` and ``--tag`` to a command, which gets them as its first argument."""
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        @wraps(command)
+        def collected(
+            node: str | None, model: str | None, namespace: str | None, tag: str | None, **others: Any
+        ) -> None:
+            command(Asked(node, model, namespace, tag), **others)
+
+        of_namespace = "Only of this namespace; '' is the one without a name."
+        collected = click.option("--tag", metavar="NAME", help=tag_help)(collected)
+        collected = click.option("--namespace", metavar="NAME", help=of_namespace)(collected)
+        collected = click.option("--model", metavar="M", help=model_help)(collected)
+        return click.argument("node", required=False)(collected)
+
+    return decorate
 
 
 @click.command(short_help="Send spans to the shared store.")
-@click.argument("node", required=False)
-@click.option("--model", metavar="M", help=MODEL_HELP)
-@click.option("--namespace", metavar="NAME", help="Only of this namespace; '' is the one without a name.")
-@click.option("--tag", metavar="NAME", help="Only of prompts that have this tag.")
+@asking(MODEL_HELP, "Only of prompts that have this tag.")
 @shared_option
 @store_options
-def push(
-    node: str | None,
-    model: str | None,
-    namespace: str | None,
-    tag: str | None,
-    shared: str | None,
-    path: str | None,
-    as_json: bool,
-) -> None:
+def push(asked: Asked, shared: str | None, path: str | None, as_json: bool) -> None:
     """Send spans to the shared store.
 
     What is there is left as it is, so a push that was interrupted is started again. With NODE, a node ID as
@@ -86,7 +110,8 @@ def push(
     """
     PromptDB(path, readonly=True).close()  # there must be one
     with opened(path, shared) as (db, tier):
-        report = _push(db, tier, _selected(db, node, model, namespace, tag))
+        weights = None if asked.model is None else find_weights(db, asked.model)
+        report = _push(db, tier, asked.selection(db, weights))
         where = tier.calls.far.name
     if as_json:
         print_json(asdict(report))
@@ -113,21 +138,13 @@ def _print_pushed(report: PushReport, where: str) -> None:
 
 
 @click.command(short_help="Fetch everything that the shared store has.")
-@click.argument("node", required=False)
-@click.option("--model", metavar="M", help="Only of this model: a directory or name known here, or the start of an ID.")
-@click.option("--namespace", metavar="NAME", help="Only of this namespace; '' is the one without a name.")
-@click.option("--tag", metavar="NAME", help="Only prompts that were pushed with this tag; they get it here, too.")
+@asking(
+    "Only of this model: a directory or name known here, or the start of an ID.",
+    "Only prompts that were pushed with this tag; they get it here, too.",
+)
 @shared_option
 @store_options
-def pull(
-    node: str | None,
-    model: str | None,
-    namespace: str | None,
-    tag: str | None,
-    shared: str | None,
-    path: str | None,
-    as_json: bool,
-) -> None:
+def pull(asked: Asked, shared: str | None, path: str | None, as_json: bool) -> None:
     """Fetch everything that the shared store has.
 
     What is here is skipped, so a pull that was interrupted is started again. Everything is checked before it is stored.
@@ -144,8 +161,8 @@ def pull(
       promptdb pull --model demo --json
     """
     with opened(path, shared, readonly=True) as (db, tier):
-        selection = _one_kind(db, node, model, namespace, tag)
-        report = _pull(db, tier, _wanted(db, model, namespace), selection, tag)
+        node = asked.find_node(db)
+        report = _pull(db, tier, _wanted(db, asked), node, asked.tag)
     if as_json:
         print_json(asdict(report))
     else:
@@ -153,18 +170,8 @@ def pull(
     click.get_current_context().exit(1 if report.num_rejected or report.num_lost else 0)
 
 
-def _one_kind(
-    db: PromptDB, node: str | None, model: str | None, namespace: str | None, tag: str | None
-) -> bytes | None:
-    """Return the span that was asked for, if one was."""
-    if node is not None and (model is not None or namespace is not None or tag is not None):
-        raise click.UsageError("NODE is one span, and what goes on from it: no --model, --namespace or --tag beside it")
-    if tag is not None:
-        check_name(tag, may_be_empty=False)
-    return None if node is None else find_node(db, node)
-
-
-def _wanted(db: PromptDB, model: str | None, namespace: str | None) -> Callable[[Root], bool]:
+def _wanted(db: PromptDB, asked: Asked) -> Callable[[Root], bool]:
+    model, namespace = asked.model, asked.namespace
     known: set[str] = set()
     start = "" if model is None else model.lower()
     if model is not None:
@@ -203,21 +210,10 @@ def _print_pulled(report: PullReport, where: str) -> None:
 
 
 @click.command(short_help="Send and fetch: afterwards both stores have everything.")
-@click.argument("node", required=False)
-@click.option("--model", metavar="M", help=MODEL_HELP)
-@click.option("--namespace", metavar="NAME", help="Only of this namespace; '' is the one without a name.")
-@click.option("--tag", metavar="NAME", help="Only prompts that have this tag, here or there.")
+@asking(MODEL_HELP, "Only prompts that have this tag, here or there.")
 @shared_option
 @store_options
-def sync(
-    node: str | None,
-    model: str | None,
-    namespace: str | None,
-    tag: str | None,
-    shared: str | None,
-    path: str | None,
-    as_json: bool,
-) -> None:
+def sync(asked: Asked, shared: str | None, path: str | None, as_json: bool) -> None:
     """Send and fetch: afterwards both stores have everything.
 
     As `promptdb push` and then `promptdb pull`. Can be interrupted and started again.
@@ -229,11 +225,11 @@ def sync(
       promptdb sync --namespace experiments --json
     """
     with opened(path, shared) as (db, tier):
-        chosen = _one_kind(db, node, model, namespace, tag)
-        wants = _wanted(db, model, namespace)
-        weights = None if model is None else frozenset(root.weights_id for root, _ in db.roots() if wants(root))
-        sent = _push(db, tier, Selection(node=chosen, weights_ids=weights, namespace=namespace, tag=tag))
-        fetched = _pull(db, tier, wants, chosen, tag)
+        wants = _wanted(db, asked)
+        weights = None if asked.model is None else {root.weights_id for root, _ in db.roots() if wants(root)}
+        chosen = asked.selection(db, weights)
+        sent = _push(db, tier, chosen)
+        fetched = _pull(db, tier, wants, chosen.node, asked.tag)
         where = tier.calls.far.name
     if as_json:
         print_json({"sent": asdict(sent), "fetched": asdict(fetched)})
