@@ -6,16 +6,19 @@ import contextlib
 import io
 import itertools
 import math
+import os
 import struct
 from array import array
+from pathlib import Path
 
 import msgpack
 from blake3 import blake3
 
+from promptdb import PromptDB
 from promptdb.archive import ImportOptions, Selection, export_nodes, import_archive
 from promptdb.blobs import TensorSpec, build_blob
 from promptdb.commits import SpanPayload
-from promptdb.errors import CorruptDataError
+from promptdb.errors import CorruptDataError, StoreError
 from promptdb.format import Group, NodeRecord, pack_record
 from promptdb.frames import FrameReader, FrameWriter
 from promptdb.keys import PrefixHasher, Root, pack_tokens
@@ -26,6 +29,7 @@ ROOT = Root(MODEL, TOKENIZER)
 ROOTS = [ROOT, Root(MODEL, TOKENIZER, "tenant"), Root(OTHER_MODEL, TOKENIZER)]
 LAYOUT = (Group((0, 1, 4), 2, 3, "F32"), Group((2, 3), 1, 2, "BF16"))
 VOCABULARY = 5
+TIMEOUT_S = 120
 
 # What is stored for a token depends on all tokens before it, and nothing else: so it can be checked whatever the cuts.
 
@@ -177,3 +181,37 @@ def rewritten(data, manifest):
     frames = frames_of(data)
     fields = msgpack.unpackb(bytes(frames[0][1][16:])) | manifest
     return archive_of([(b"MANI", pack_record(b"manifest", fields)), *frames[1:]])
+
+
+def check_same(db, prompts):
+    assert [check_content(db, tokens) for tokens in prompts] == [len(tokens) for tokens in prompts]
+    assert all(lookup(db, tokens).has_logits for tokens in prompts)
+    assert db.verify() == []
+
+
+def environment():
+    """Return the environment of a child that imports what the tests share."""
+    here = Path(__file__).parent
+    return os.environ | {"PYTHONPATH": os.pathsep.join((str(here), str(here.parent)))}
+
+
+def tamper(db, table, change, number=0):
+    """Change an item of a table behind the store's back."""
+
+    def work(writer):
+        key, value = list(writer.scan(table))[number]
+        change(writer, key, bytes(value))
+
+    db._index.transact(work)
+
+
+def flip_last(table):
+    return lambda writer, key, value: writer.put(table, key, value[:-1] + bytes([value[-1] ^ 1]))
+
+
+def num_spans(path):
+    try:
+        with PromptDB(path, readonly=True) as db:
+            return db.stat()["num_nodes"]
+    except StoreError:  # not there yet
+        return 0

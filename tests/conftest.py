@@ -75,3 +75,15 @@ def db(store_path):
     with PromptDB(store_path, chunk_tokens=16) as db:
         yield db
         assert db.verify() == []
+
+
+@pytest.fixture
+def filled(tmp_path):
+    """A store on disk with a tree, and its prompts."""
+    from archive_tools import put
+
+    prompts = [(*range(number), 1_000 + number, *range(30)) for number in range(0, 40, 3)]
+    with PromptDB(tmp_path / "filled", chunk_tokens=8) as db:
+        for tokens in prompts:
+            put(db, tokens, logits=[len(tokens)])
+        yield db, prompts
