@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import subprocess
-import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from children import Child
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -161,9 +160,10 @@ def test_same_id_in_another_process(tmp_path: Path) -> None:
     code += "from promptdb.identity import weights_id\n"
     code += "for d in (torch.float32, torch.bfloat16):\n"
     code += "    print(weights_id(AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=d)))"
-    done = subprocess.run([sys.executable, "-c", code, tmp_path / "copied"], capture_output=True, text=True, check=True)
+    with Child(code, tmp_path / "copied") as child:
+        shown = child.read().split()
     half = AutoModelForCausalLM.from_pretrained(tmp_path / "copied", dtype=torch.bfloat16)
-    assert done.stdout.split() == [weights_id(model), weights_id(half)]
+    assert shown == [weights_id(model), weights_id(half)]
 
 
 def test_layout_in_memory_does_not_count() -> None:
@@ -479,8 +479,8 @@ def test_tokenizer_id_is_stable(tmp_path: Path) -> None:
     assert tokenizer_id(transformers.AutoTokenizer.from_pretrained(tmp_path)) == known
     code = "import sys; from transformers import AutoTokenizer; from promptdb.tokenizer_identity import tokenizer_id; "
     code += "print(tokenizer_id(AutoTokenizer.from_pretrained(sys.argv[1])))"
-    done = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == known
+    with Child(code, tmp_path) as child:
+        assert child.read().strip() == known
 
 
 def test_bare_tokenizer_limits_do_not_count() -> None:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import threading
 import time
 
 import pytest
 from archive_tools import ROOT, lookup, put
+from children import Child
 from far_servers import free_port, needs_redis, proxy_to, redis_server
 from shared_tools import PROMPT
 
@@ -202,23 +201,13 @@ SLOW_S, LEASE_S = 1.5, 3
 def children(tmp_path, server):
     """Yield two processes with engines that take a while for every pass."""
     url = f"{server.url}?lease_s={LEASE_S}"
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-c", CHILD, str(tmp_path / name), url, str(SLOW_S)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for name in ("first", "second")
-    ]
-    try:
-        for child in started:
+    with (
+        Child(CHILD, tmp_path / "first", url, SLOW_S) as first,
+        Child(CHILD, tmp_path / "second", url, SLOW_S) as second,
+    ):
+        for child in (first, second):
             assert child.stdout.readline() == "ready\n"
-        yield started
-    finally:
-        for child in started:
-            child.kill()
-            child.communicate()
+        yield first, second
 
 
 def ask(child, prompt: str) -> None:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import random
-import subprocess
 import sys
 import tomllib
 from functools import partialmethod
@@ -16,6 +14,7 @@ from types import SimpleNamespace
 import lm_eval
 import pytest
 import torch
+from children import Child
 from cli_tools import write_checkpoint
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
@@ -187,10 +186,8 @@ runpy.run_module("promptdb.lm_eval", run_name="__main__", alter_sys=True)
 
 def run_command(output: Path, *arguments: object) -> tuple[dict, dict[str, list[dict]]]:
     """Return what lm_eval wrote: its results, and the samples of each task."""
-    line = [sys.executable, "-c", COMMAND, *map(str, arguments), "--output_path", str(output)]
-    environment = {**os.environ, "HF_DATASETS_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    ended = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=240)
-    assert ended.returncode == 0, ended.stderr
+    with Child(COMMAND, *arguments, "--output_path", output) as child:
+        child.read()
     (results,) = output.rglob("results_*.json")
     samples = {}
     for task in TASKS:

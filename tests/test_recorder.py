@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -10,6 +9,7 @@ import threading
 
 import pytest
 import torch
+from children import Child
 from conftest import TEXT, shared_model, shared_tokenizer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -431,12 +431,12 @@ with PromptDB(sys.argv[1], chunk_tokens=16) as db, Engine(db, random_model("llam
 
 
 def test_a_killed_recording_resumes_with_nothing_missing_or_doubled(store_path):
-    command = [sys.executable, "-c", RECORD, str(store_path), "40"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        for line in process.stdout:
+    with Child(RECORD, store_path, 40) as child:
+        for line in child.stdout:
             if int(line) == 4:
-                os.kill(process.pid, signal.SIGKILL)
+                child.kill()
                 break
+        assert child.wait() == -signal.SIGKILL
     prompts = [[number % 7] * 4 + [number, *range(60)] for number in range(8)]
     with PromptDB(store_path, chunk_tokens=16) as db, Engine(db, shared_model("llama"), shared_tokenizer()) as engine:
         assert db.verify() == []

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import time
 
 import pytest
 import torch
+from children import Child
 from conftest import TEXT, shared_model, shared_tokenizer
 from far_servers import free_port, needs_redis, redis_cluster, redis_server
 
@@ -141,9 +140,8 @@ with PromptDB(path, chunk_tokens=16, shared=url) as db:
 
 
 def run_child(path, url, prompts):
-    command = [sys.executable, "-c", CHILD, str(path), url, *prompts]
-    lines = subprocess.run(command, check=True, capture_output=True, text=True, timeout=120).stdout.splitlines()
-    return [line.split(" ", 2) for line in lines]
+    with Child(CHILD, path, url, *prompts) as child:
+        return [line.split(" ", 2) for line in child.read().splitlines()]
 
 
 @needs_redis()
