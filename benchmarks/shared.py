@@ -141,8 +141,7 @@ def spans(url: str, client: redis.Redis, directory: Path, **options) -> list[dic
     """Whole spans of 4 MiB: read from one store, sent, fetched, checked, and committed to another."""
     name = "signed " if "sign_with" in options else "sealed " if "key" in options else ""
     count = 16
-    sizes = [4 * MIB + 2000] * count
-    value = os.urandom(sizes[0])
+    value = os.urandom(4 * MIB + 2000)
     keys = [f"bare{number}" for number in range(count)]
     pushed, pulled, beside_put = [], [], []
     for round_number in range(SPAN_ROUNDS):

@@ -109,7 +109,12 @@ def open_settings(
         is_sealed = reader.size(META, SEAL_KEY) is not None
     del reader  # or it would keep a slot of LMDB's while the next one is opened
     if found is None:
-        if index.readonly or not is_empty:
+        if index.readonly and is_empty:
+            raise NotAStoreError(
+                f"there is no store at {path}, or it is being created at this moment",
+                "try again; `promptdb put` creates one; check --db and PROMPTDB_PATH",
+            )
+        if not is_empty:
             raise NotAStoreError(f"{path} is an LMDB file of something else", "choose another path")
         found, is_sealed = _create(index, wanted, clock(), user_key)
     _check_version(found, path, readonly=index.readonly)

@@ -22,6 +22,7 @@ from promptdb.format import (
     FORMAT_VERSION,
     META,
     STORE_KEY,
+    TABLES,
     pack_record,
     unpack_record,
 )
@@ -160,6 +161,18 @@ def test_data_file_is_empty(store_path):
 def test_creation_that_was_killed_early(store_path):
     store_path.mkdir()
     (store_path / "lock.mdb").touch()
+    with PromptDB(store_path) as db:
+        put(db, [1, 2])
+
+
+def test_a_store_that_is_being_created_is_not_called_something_else(store_path):
+    """Its tables are made one after the other, its settings last."""
+    for name in ("", *TABLES):
+        with lmdb.open(str(store_path), max_dbs=len(TABLES)) as env:
+            if name:
+                env.open_db(name.encode())
+        with pytest.raises(NotAStoreError, match="being created at this moment"):
+            PromptDB(store_path, readonly=True)
     with PromptDB(store_path) as db:
         put(db, [1, 2])
 
