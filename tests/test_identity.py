@@ -10,59 +10,23 @@ import pytest
 import torch
 import transformers
 from children import Child
+from conftest import SUPPORTED
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
+from promptdb.demo_models import random_model
 from promptdb.errors import IdentityError, InputTypeError
 from promptdb.hashing import FieldHasher
 from promptdb.identity import weights_id
 from promptdb.tokenizer_identity import tokenizer_id
 
-GQA: dict[str, Any] = {"num_key_value_heads": 2, "head_dim": 16}
-ARCHITECTURES: dict[str, dict[str, Any]] = {
-    "gpt2": {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 256, "bos_token_id": 0, "eos_token_id": 0},
-    "opt": {"ffn_dim": 128, "word_embed_proj_dim": 64},
-    "gpt_neox": {},
-    "llama": {"num_key_value_heads": 2},
-    "qwen2": {"num_key_value_heads": 2},
-    "qwen3": GQA,
-    "mistral": {**GQA, "sliding_window": 16},
-    "gemma2": {**GQA, "sliding_window": 16},
-    "gemma3_text": {**GQA, "sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]},
-    "phi": {},
-    "falcon": {},
-    "olmo2": {"eos_token_id": 1},
-    "qwen3_moe": {**GQA, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64},
-    "deepseek_v3": {
-        "num_key_value_heads": 4,
-        "q_lora_rank": 32,
-        "kv_lora_rank": 32,
-        "qk_rope_head_dim": 8,
-        "qk_nope_head_dim": 16,
-        "v_head_dim": 16,
-        "n_routed_experts": 4,
-        "num_experts_per_tok": 2,
-        "n_group": 1,
-        "topk_group": 1,
-        "moe_intermediate_size": 32,
-        "first_k_dense_replace": 1,
-        "n_shared_experts": 1,
-    },
-    "bloom": {"n_layer": 2, "n_head": 4},
-    "mpt": {"d_model": 64, "n_heads": 4, "n_layers": 2, "max_seq_len": 256},
-    "gptj": {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 256, "rotary_dim": 8, "eos_token_id": 0},
-}
 EAGER_ONLY = {"gemma2", "bloom", "mpt", "gptj"}
 
 
 def tiny(arch: str = "llama", seed: int = 0, attn: str | None = None, **fields: Any) -> Any:
-    common = {"vocab_size": 300, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    common |= {"intermediate_size": 128, "max_position_embeddings": 256}
-    config = AutoConfig.for_model(arch, **(common | ARCHITECTURES[arch] | fields))
-    torch.manual_seed(seed)
     more = {"attn_implementation": attn} if attn else {}
-    return AutoModelForCausalLM.from_config(config, **more).eval()
+    return random_model(arch, seed=seed, **fields, **more)
 
 
 # FieldHasher
@@ -128,7 +92,7 @@ def test_hasher_refuses() -> None:
 # What must not change the ID
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("arch", SUPPORTED)
 def test_same_content_same_id(arch: str, tmp_path: Path) -> None:
     model = tiny(arch)
     known = weights_id(model)

@@ -8,21 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
 
 import promptdb.watch
+from promptdb.demo_models import random_model
 from promptdb.errors import IdentityError
 from promptdb.identity import weights_id
 from promptdb.refusals import IDENTIFIED
 from promptdb.watch import ModelWatch
-
-
-def tiny(arch: str = "llama") -> Any:
-    fields: dict[str, Any] = {"vocab_size": 300, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    if arch == "gpt2":
-        fields |= {"bos_token_id": 0, "eos_token_id": 0}
-    torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(AutoConfig.for_model(arch, **fields, intermediate_size=128)).eval()
 
 
 @pytest.fixture
@@ -40,7 +32,7 @@ def hashes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 @pytest.mark.parametrize("arch", ["gpt2", "llama"])
 def test_hashes_once_while_nothing_changes(arch: str, hashes: list[str]) -> None:
-    model = tiny(arch)
+    model = random_model(arch)
     watch = ModelWatch(model)
     ids = torch.arange(5, 25)[None]
     seen = set()
@@ -105,7 +97,7 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_change_is_noticed(change: Callable[[Any], Any]) -> None:
-    model = tiny()
+    model = random_model("llama")
     watch = ModelWatch(model)
     known = watch.weights_id
     change(model)
@@ -115,7 +107,7 @@ def test_change_is_noticed(change: Callable[[Any], Any]) -> None:
 
 
 def test_not_contiguous_and_not_a_number() -> None:
-    model = tiny()
+    model = random_model("llama")
     weight = model.lm_head.weight
     weight.data = weight.data.t().contiguous().t()
     model.model.norm.weight.data[3] = float("nan")
@@ -137,7 +129,7 @@ REFUSED: dict[str, Callable[[Any], Any]] = {
 
 @pytest.mark.parametrize("change", REFUSED.values(), ids=REFUSED)
 def test_what_cannot_be_identified_is_refused_at_once(change: Callable[[Any], Any]) -> None:
-    model = tiny()
+    model = random_model("llama")
     watch = ModelWatch(model)
     known = watch.weights_id
     handle = change(model)
@@ -154,7 +146,7 @@ def test_what_cannot_be_identified_is_refused_at_once(change: Callable[[Any], An
 
 
 def test_global_hook_is_noticed() -> None:
-    watch = ModelWatch(tiny())
+    watch = ModelWatch(random_model("llama"))
     known = watch.weights_id
     handle = torch.nn.modules.module.register_module_forward_pre_hook(lambda *_: None)
     try:
@@ -166,7 +158,7 @@ def test_global_hook_is_noticed() -> None:
 
 
 def test_class_patched_for_all_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = tiny()
+    model = random_model("llama")
     watch = ModelWatch(model)
     known = watch.weights_id
 
@@ -178,7 +170,7 @@ def test_class_patched_for_all_is_noticed(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_known_id_is_believed_until_something_changes(hashes: list[str]) -> None:
-    model = tiny()
+    model = random_model("llama")
     watch = ModelWatch(model, known_id="ab" * 32)
     assert watch.weights_id == "ab" * 32
     assert hashes == []
@@ -188,7 +180,7 @@ def test_known_id_is_believed_until_something_changes(hashes: list[str]) -> None
 
 
 def test_limit_and_invalidate(hashes: list[str]) -> None:
-    model = tiny()
+    model = random_model("llama")
     watch = ModelWatch(model)
     known = watch.weights_id
     model.lm_head.weight.data[5, 33] += 1  # one element past every check: the documented limit
@@ -200,7 +192,9 @@ def test_limit_and_invalidate(hashes: list[str]) -> None:
 
 def test_adapters() -> None:
     peft = pytest.importorskip("peft")
-    model = peft.get_peft_model(tiny(), peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False)).eval()
+    model = peft.get_peft_model(
+        random_model("llama"), peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False)
+    ).eval()
     watch = ModelWatch(model)
     on = watch.weights_id
     with model.disable_adapter():
@@ -217,17 +211,17 @@ def test_adapters() -> None:
 
 def test_weights_made_under_inference_mode() -> None:
     with torch.inference_mode():
-        model = tiny()
+        model = random_model("llama")
     watch = ModelWatch(model)
     known = watch.weights_id
-    assert watch.weights_id == known == weights_id(tiny())
+    assert watch.weights_id == known == weights_id(random_model("llama"))
     with torch.inference_mode():
         model.lm_head.weight.mul_(2)
     assert watch.weights_id != known
 
 
 def test_many_threads(hashes: list[str]) -> None:
-    watch = ModelWatch(tiny())
+    watch = ModelWatch(random_model("llama"))
     seen: list[str] = []
     threads = [threading.Thread(target=lambda: seen.append(watch.weights_id)) for _ in range(8)]
     for thread in threads:
@@ -239,14 +233,14 @@ def test_many_threads(hashes: list[str]) -> None:
 
 
 def test_owner_may_still_resize_storage() -> None:
-    model = tiny()
+    model = random_model("llama")
     _ = ModelWatch(model).weights_id
     assert model.lm_head.weight.untyped_storage().resizable()
 
 
 def test_other_threads_attach_hooks_and_take_them_off() -> None:
     """Engines of several threads share a model, and the hooks of one pass come and go while another one looks."""
-    model = tiny("gpt2")
+    model = random_model("gpt2")
     expected, stop = weights_id(model), threading.Event()
 
     def hook(module: Any, args: Any, output: Any) -> None:
