@@ -22,8 +22,8 @@ from promptdb.kv import KvSource
 from promptdb.loader import Loader
 from promptdb.pulling import Want
 from promptdb.representation import Representation
-from promptdb.runner import Runner, token_scores
-from promptdb.scores import TokenScores
+from promptdb.runner import Runner
+from promptdb.scores import TokenScores, token_scores
 from promptdb.shared import connect
 from promptdb.snapshot import Match
 from promptdb.storer import Storer

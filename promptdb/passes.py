@@ -17,8 +17,7 @@ from promptdb.keys import TOKEN_BYTES, Root, unpack_tokens
 from promptdb.kv import KvSource
 from promptdb.levels import Levels, Row
 from promptdb.plan import Limits, Piece, Section, sections
-from promptdb.runner import token_scores
-from promptdb.scores import TokenScores
+from promptdb.scores import TokenScores, token_scores
 from promptdb.snapshot import Match
 from promptdb.tree import Branch, Segment
 from promptdb.trie import cut

@@ -8,6 +8,11 @@ import torch
 
 UNKNOWN_ID = -1
 
+# Logits that are scored at once on the CPU, in whole rows: they, and as much memory beside them, stay in its cache.
+_SCORED_LOGITS = 1 << 21
+# Logits up to here need no shift before exp: the sum over any vocabulary is a normal float32 number.
+_MODERATE = 60.0
+
 
 @dataclass(frozen=True, eq=False)
 class TokenScores:
@@ -64,3 +69,68 @@ class TokenScores:
     def clone(self) -> TokenScores:
         """Return a copy that shares no memory."""
         return TokenScores(self.logprobs.clone(), self.greedy_ids.clone())
+
+
+def token_scores(logits: torch.Tensor, targets: torch.Tensor, rows: torch.Tensor | None = None) -> TokenScores:
+    """Return the scores of m tokens, from the logits at the tokens before them.
+
+    Parameters
+    ----------
+    logits : ``[k, vocabulary]``.
+    targets : ``[m]`` int64, on any device.
+    rows : ``[m]`` int64, on any device: the row of each token's logits. By default token i has row i, and rows after
+        the m-th are not looked at.
+
+    Returns
+    -------
+    TokenScores
+        Of several tokens that are equally probable, the one with the smallest ID is the greedy one. NaN in a row gives
+        NaN for its log-probabilities.
+
+    Notes
+    -----
+    Cost: a row is read from memory once, and computed with while it is in the cache of the CPU, at any number of
+    targets. From a device, everything is copied at once.
+    """
+    logits, targets = logits.detach(), targets.to(logits.device)
+    if rows is None:
+        chosen = logits[: targets.shape[0]].gather(1, targets[:, None])[:, 0]
+        shift, rest, greedy_ids = _row_scores(logits, targets.shape[0], None)
+    else:
+        rows = rows.to(logits.device)
+        chosen = logits[rows, targets]
+        used, place = torch.unique(rows, return_inverse=True)
+        shift, rest, greedy_ids = (each[place] for each in _row_scores(logits, used.shape[0], used))
+    both = torch.empty((2, targets.shape[0]), dtype=torch.float32, device=logits.device)
+    both[0] = chosen - shift - rest
+    both[1].view(torch.int32).copy_(greedy_ids)
+    both = both.cpu()
+    return TokenScores(both[0], both[1].view(torch.int32))
+
+
+def _row_scores(
+    logits: torch.Tensor, count: int, used: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return, for the first or the used rows, a and b with a + b = log sum exp, and the index of the largest."""
+    wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    shifts = torch.empty(count, dtype=wide, device=logits.device)
+    rest = torch.empty_like(shifts)
+    indices = torch.empty(count, dtype=torch.int64, device=logits.device)
+    on_cpu = logits.device.type == "cpu"
+    rows_at_once = max(1, _SCORED_LOGITS // logits.shape[1]) if on_cpu else 256
+    scratch = torch.empty((min(rows_at_once, count), logits.shape[1]), dtype=wide, device=logits.device)
+    for first in range(0, count, rows_at_once):
+        end = min(first + rows_at_once, count)
+        rows = (logits[first:end] if used is None else logits[used[first:end]]).to(wide)
+        # numpy finds the largest of a row eight times as fast as torch, which does it element by element.
+        index = torch.from_numpy(rows.numpy().argmax(axis=1))[:, None] if on_cpu else rows.argmax(1, keepdim=True)
+        shift = rows.gather(1, index)
+        # Where the largest is moderate, exp neither overflows nor vanishes, and a pass over the rows is saved. Infinity
+        # less infinity would be NaN.
+        shift.masked_fill_((shift.abs() <= _MODERATE) | shift.isinf(), 0)
+        out = scratch[: end - first]
+        powers = torch.sub(rows, shift, out=out).exp_() if not on_cpu or shift.any() else torch.exp(rows, out=out)
+        shifts[first:end] = shift[:, 0]
+        rest[first:end] = powers.sum(1).log_()
+        indices[first:end] = index[:, 0]
+    return shifts, rest, indices

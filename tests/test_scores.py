@@ -16,8 +16,7 @@ from promptdb.blobs import TensorSpec, build_blob, parse_blob
 from promptdb.format import KV_BLOB, LOGPROBS_BLOB
 from promptdb.keys import Root
 from promptdb.kv import KvSource, encode_span, load_scores, trim_blobs
-from promptdb.runner import token_scores
-from promptdb.scores import TokenScores
+from promptdb.scores import TokenScores, token_scores
 
 ARCHITECTURES = ("gpt2", "llama", "mistral", "gemma3_text", "falcon", "bloom", "qwen3_moe")
 OLD_STORE = Path(__file__).parent / "data" / "store-v1"
