@@ -66,10 +66,10 @@ class Asked(NamedTuple):
             check_name(self.tag, may_be_empty=False)
         return None if self.node is None else find_node(db, self.node)
 
-    def selection(self, db: PromptDB, weights_ids: Iterable[str] | None) -> Selection:
-        """Return what that is of a store, of models with these weights IDs."""
+    def selection(self, node: bytes | None, weights_ids: Iterable[str] | None) -> Selection:
+        """Return what that is of a store: of this span, or of models with these weights IDs."""
         known = None if weights_ids is None else frozenset(weights_ids)
-        return Selection(node=self.find_node(db), weights_ids=known, namespace=self.namespace, tag=self.tag)
+        return Selection(node=node, weights_ids=known, namespace=self.namespace, tag=self.tag)
 
 
 def asking(model_help: str, tag_help: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -110,8 +110,9 @@ def push(asked: Asked, shared: str | None, path: str | None, as_json: bool) -> N
     """
     PromptDB(path, readonly=True).close()  # there must be one
     with opened(path, shared) as (db, tier):
+        node = asked.find_node(db)
         weights = None if asked.model is None else find_weights(db, asked.model)
-        report = _push(db, tier, asked.selection(db, weights))
+        report = _push(db, tier, asked.selection(node, weights))
         where = tier.calls.far.name
     if as_json:
         print_json(asdict(report))
@@ -225,11 +226,10 @@ def sync(asked: Asked, shared: str | None, path: str | None, as_json: bool) -> N
       promptdb sync --namespace experiments --json
     """
     with opened(path, shared) as (db, tier):
-        wants = _wanted(db, asked)
+        node, wants = asked.find_node(db), _wanted(db, asked)
         weights = None if asked.model is None else {root.weights_id for root, _ in db.roots() if wants(root)}
-        chosen = asked.selection(db, weights)
-        sent = _push(db, tier, chosen)
-        fetched = _pull(db, tier, wants, chosen.node, asked.tag)
+        sent = _push(db, tier, asked.selection(node, weights))
+        fetched = _pull(db, tier, wants, node, asked.tag)
         where = tier.calls.far.name
     if as_json:
         print_json({"sent": asdict(sent), "fetched": asdict(fetched)})

@@ -32,6 +32,11 @@ def plain_torch(device: torch.device) -> Iterator[None]:
         yield
 
 
+def is_watched() -> bool:
+    """Return whether a mode of torch sees every call that this thread makes; it may keep the tensors."""
+    return bool(torch._C._len_torch_function_stack() or torch._C._len_torch_dispatch_stack())
+
+
 def _settle_vector_math() -> None:
     """Call each of MKL's vector functions once, on one thread.
 

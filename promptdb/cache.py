@@ -70,18 +70,19 @@ class PromptLayer(DynamicLayer):  # type: ignore[misc]
         self._buffers: tuple[torch.Tensor, torch.Tensor] | None = None
         self._num_written = 0
 
-    def fill(self, buffers: tuple[torch.Tensor, torch.Tensor], num_tokens: int) -> None:
-        """Take over buffers whose first ``num_tokens`` tokens are filled."""
-        self.adopt(buffers, (buffers[0][:, :, :num_tokens], buffers[1][:, :, :num_tokens]))
-
-    def adopt(self, buffers: tuple[torch.Tensor, torch.Tensor], filled: tuple[torch.Tensor, torch.Tensor]) -> None:
-        """Take over buffers, given the views of their tokens that are filled."""
-        keys = buffers[0]
+    def fill(
+        self,
+        buffers: tuple[torch.Tensor, torch.Tensor],
+        num_tokens: int,
+        filled: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> None:
+        """Take over buffers whose first ``num_tokens`` tokens are filled; ``filled``: views of those, if at hand."""
+        keys, values = buffers
         self.dtype, self.device = keys.dtype, keys.device
         self._buffers = buffers
         self._capacity = keys.shape[-2]
-        self.keys, self.values = filled
-        self._num_written = self.keys.shape[-2]
+        self.keys, self.values = filled or (keys[:, :, :num_tokens], values[:, :, :num_tokens])
+        self._num_written = num_tokens
         self.is_initialized = True
 
     def room(self) -> int:
@@ -91,6 +92,7 @@ class PromptLayer(DynamicLayer):  # type: ignore[misc]
     def rewind(self, num_tokens: int) -> None:
         """Forget all but the first tokens of a layer that appends in place; the next are written over the rest."""
         assert self._buffers is not None
+        assert num_tokens <= self._num_written
         self.fill(self._buffers, num_tokens)
 
     def _owns(self) -> bool:
@@ -203,7 +205,7 @@ class PromptCache(DynamicCache):  # type: ignore[misc]
         for number, layer in enumerate(layers):
             if 2 * number in slots:
                 (keys, kept_keys), (values, kept_values) = slots[2 * number], slots[2 * number + 1]
-                layer.adopt((keys, values), (kept_keys, kept_values))
+                layer.fill((keys, values), num_tokens, (kept_keys, kept_values))
         cache = cls(capacity, layers)
         cache._stacks = stacks
         return cache
@@ -226,18 +228,19 @@ class PromptCache(DynamicCache):  # type: ignore[misc]
                 offset += first
         return self._stacks
 
-    def rewind(self, num_tokens: int, total: int) -> bool:
-        """Forget all but the first tokens, if there is room for ``total`` in place; return whether that was done.
+    def room(self) -> int:
+        """Return how many tokens fit in place; 0 where a layer concatenates."""
+        return min((layer.room() for layer in self.layers if layer.is_initialized), default=0)
+
+    def rewind(self, num_tokens: int) -> None:
+        """Forget all but the first tokens of a cache that has room.
 
         The next tokens are written over what was forgotten: only for those who know that nobody else has seen any of
-        the cache's tensors.
+        the cache's tensors. If it is interrupted, the cache is of no use.
         """
-        layers = [layer for layer in self.layers if layer.is_initialized]
-        if any(layer.room() < total for layer in layers):
-            return False
-        for layer in layers:
-            layer.rewind(num_tokens)
-        return True
+        for layer in self.layers:
+            if layer.is_initialized:
+                layer.rewind(num_tokens)
 
     def slot(self, slot: int) -> torch.Tensor:
         """Return keys (even slots) or values (odd ones) of layer ``slot // 2``, ``[1, kv_heads, tokens, head_dim]``."""

@@ -4,14 +4,15 @@ it is."""
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from time import perf_counter
 from typing import TYPE_CHECKING
 
 import torch
 
+from promptdb.ambient import is_watched
 from promptdb.cache import PromptCache, bytes_per_token, layout_of
 from promptdb.cost import CostModel
 from promptdb.errors import CorruptDataError, NonFiniteError
@@ -51,7 +52,7 @@ class Held:
     scores: TokenScores
     logits: torch.Tensor  # [vocabulary], after the last token
     is_stored: bool  # or about to be
-    is_private: bool  # nobody else can have seen the cache's tensors: no hooks were in the pass
+    is_private: bool  # neither hooks nor modes of torch, which may keep what they see, saw the cache's tensors
 
     def shared_tokens(self, root: Root, packed: bytes) -> int:
         """Return how many tokens of a prompt are held."""
@@ -80,7 +81,8 @@ class Extender:
         self.cost = CostModel()
         self.storer = Storer(db, write_behind=write_behind)
         self.held: Held | None = None
-        self._held_lock = threading.Lock()  # held while the held cache is copied, or taken over
+        self._held_lock = threading.Lock()  # of who begins to read the held cache, or takes it over
+        self._num_readers = 0
         self._strict = strict
         self.loader = Loader(db)
         self.tier = connect(db)
@@ -102,10 +104,11 @@ class Extender:
         queue = self.storer.queue
         done_before = queue.num_done
         match = self._match(root, packed)
-        held, total = self._held_tokens(root, packed) if use_held else 0, num_tokens(packed)
+        held, total = self.held if use_held else None, num_tokens(packed)
+        shared = self._held_tokens(held, root, packed)
         # A part of what is held lacks its logits, which may be on their way to the store.
-        is_part = held == total and self.held is not None and self.held.packed != packed
-        is_wanted = not match.is_complete and (held <= match.num_tokens or is_part)
+        is_part = shared == total and held is not None and held.packed != packed
+        is_wanted = not match.is_complete and (shared <= match.num_tokens or is_part)
         if is_wanted:
             has_waited = queue.wait_for(root, packed, match.num_tokens, has_logits=match.has_logits)
             # What was committed between the look and the question is in neither.
@@ -162,7 +165,7 @@ class Extender:
         wants = []
         for prompt in prompts:
             packed = prompt.packed
-            if self._held_tokens(root, packed) == prompt.num_tokens:
+            if self._held_tokens(self.held, root, packed) == prompt.num_tokens:
                 continue
             self.storer.queue.wait_for(root, packed, 0, has_logits=False)
             match = self._match(root, packed)
@@ -205,8 +208,8 @@ class Extender:
         at_end = bool(match.steps) and match.steps[-1].num_tokens == match.steps[-1].span_tokens
         return Match(match.root, match.packed, match.steps, match.num_tokens, match.has_logits and at_end)
 
-    def _held_tokens(self, root: Root, packed: bytes) -> int:
-        held = self.held
+    def _held_tokens(self, held: Held | None, root: Root, packed: bytes) -> int:
+        """Return how many tokens of a prompt may be taken from what is, or was a moment ago, held."""
         if held is None:
             return 0
         shared = held.shared_tokens(root, packed)
@@ -316,7 +319,7 @@ class Extender:
                 provenance=provenance,
             )
         last = result.logits[total - 1]
-        self.held = Held(root, asked.packed, cache, scores, last, is_stored, self._is_plain())
+        self.held = Held(root, asked.packed, cache, scores, last, is_stored, self._is_private())
         kept = scores[1:].clone()
         return Representation(
             packed=asked.packed,
@@ -344,7 +347,7 @@ class Extender:
         runner, capacity = self.runner, total + SPARE_TOKENS
         scores = TokenScores.unknown(total)
         held, known = self.held, match.num_tokens
-        shared = 0 if from_start else self._held_tokens(match.root, match.packed)
+        shared = 0 if from_start else self._held_tokens(held, match.root, match.packed)
         before: torch.Tensor | None = None
         # Of what is stored as well, the held copy is at hand; unless what is stored is not the same numbers.
         if held is not None and (shared > known or (0 < shared == known and not match.root.kv_codec)):
@@ -377,20 +380,37 @@ class Extender:
             scores[known : known + 1] = token_scores(before[None], torch.tensor([token], device="cpu"))
         return start, cache, scores, first_new
 
-    def _is_plain(self) -> bool:
-        """Whether passes are free of hooks, which could keep what they see of a cache."""
-        return self.runner.attach is nullcontext
+    def _is_private(self) -> bool:
+        """Whether the cache of a pass stays between promptdb and the model."""
+        return self.runner.attach is nullcontext and not is_watched()
 
     def _continued(self, held: Held, num_tokens: int, total: int) -> PromptCache:
-        """Return a cache with the first tokens of the held one, and room for ``total``: the held one itself, if may be.
+        """Return a cache with the first tokens of the held one, and room for ``total``: the held one itself, or a copy.
 
-        Questions after the same context, and turns of a conversation, then cost no copy of what they share.
+        Questions after the same context, and turns of a conversation, then cost no copy of what they share. Nothing is
+        held any more if it was the held one itself. A cache that is far too large is left to be freed.
         """
         with self._held_lock:
-            if held is self.held and held.is_private and self._is_plain() and held.cache.rewind(num_tokens, total):
-                self.held = None  # its last tokens are about to be written over
-                return held.cache
+            is_free = held is self.held and not self._num_readers and held.is_private and self._is_private()
+            goes_on = is_free and total <= held.cache.room() <= 2 * (total + SPARE_TOKENS)
+            if goes_on:
+                self.held = None  # before its last tokens are written over
+        if not goes_on:
             return held.cache.copy(num_tokens, total + SPARE_TOKENS)
+        held.cache.rewind(num_tokens)
+        return held.cache
+
+    @contextmanager
+    def _reading_held(self) -> Iterator[Held | None]:
+        """Give what is held to who reads its cache; nobody continues it meanwhile."""
+        with self._held_lock:
+            self._num_readers += 1
+            held = self.held
+        try:
+            yield held
+        finally:
+            with self._held_lock:
+                self._num_readers -= 1
 
     # Keys and values
 
@@ -398,9 +418,8 @@ class Extender:
         """Return a fresh cache with the first tokens of a prompt, or None if they are neither held nor stored."""
         if num_tokens == 0:
             return PromptCache(SPARE_TOKENS)
-        with self._held_lock:
-            held = self.held
-            if held is not None and self._held_tokens(match.root, match.packed) >= num_tokens:
+        with self._reading_held() as held:
+            if held is not None and self._held_tokens(held, match.root, match.packed) >= num_tokens:
                 return held.cache.copy(num_tokens, num_tokens + SPARE_TOKENS)
         if match.num_tokens < num_tokens:
             return None

@@ -6,18 +6,23 @@ import gc
 import random
 import threading
 import weakref
+from contextlib import nullcontext
 
 import pytest
 import torch
 from conftest import TEXT, plain_logits, shared_model
+from torch.nn.functional import scaled_dot_product_attention
+from torch.overrides import TorchFunctionMode
 from transformers import DynamicCache
 
 from promptdb import Engine
-from promptdb.cache import PromptCache
+from promptdb.cache import PromptCache, PromptLayer
 from promptdb.errors import InputTypeError, UnsupportedModelError
+from promptdb.extender import Extender
 from promptdb.hook_points import HookVariableNames as N
 from promptdb.hooks import Hook
 from promptdb.interventions import Intervention
+from promptdb.runner import Runner
 
 
 @pytest.fixture
@@ -191,6 +196,32 @@ class TestTheHeldCache:
             assert again.tokens_loaded >= len(CONTEXT) - 1
             assert place(engine) != where
 
+    @pytest.mark.parametrize("hooked", [0, 1])
+    def test_neither_before_nor_after_a_pass_under_hooks(self, engine, monkeypatch, hooked):
+        places = []
+        for number in range(2):
+            with monkeypatch.context() as patch:
+                if number == hooked:
+                    patch.setattr(engine._extender.runner, "attach", lambda: nullcontext())
+                engine.get([*CONTEXT, 5, number])
+                places.append(place(engine))
+        assert places[0] != places[1]
+
+    def test_what_a_mode_of_torch_kept_is_not_written_over(self, engine):
+        kept = []
+
+        class Keep(TorchFunctionMode):
+            def __torch_function__(self, func, types, args=(), kwargs=None):
+                if func is scaled_dot_product_attention:
+                    kept.append((args[1], args[1].clone()))
+                return func(*args, **(kwargs or {}))
+
+        with Keep():
+            engine.get([*CONTEXT, 5, 6])
+        engine.get([*CONTEXT, 7, 8])
+        assert kept
+        assert all(torch.equal(seen, before) for seen, before in kept)
+
     def test_fetching_while_the_engine_goes_on(self, engine):
         """Threads copy the held cache while it is being continued: each copy is of one prompt."""
         engine.put(CONTEXT)
@@ -218,6 +249,53 @@ class TestTheHeldCache:
         for thread in threads:
             thread.join()
         assert failures == []
+
+    def test_another_prompt_takes_its_place_while_it_is_asked_for(self, engine, monkeypatch):
+        """What is held is looked at once: not one prompt compared, and another one's cache copied."""
+        other = list(range(100, 140))
+        found = engine.put(other)
+        expected = found.past_key_values()
+        engine.get([*CONTEXT, 5])
+        ask, threads = Extender._held_tokens, []
+
+        def replaced(extender, *asked):
+            if not threads:
+                threads.append(threading.Thread(target=engine.get, args=(other,), kwargs={"logits": "all"}))
+                threads[0].start()
+                threads[0].join()
+            return ask(extender, *asked)
+
+        monkeypatch.setattr(Extender, "_held_tokens", replaced)
+        again = found.past_key_values()
+        assert threads
+        for layer, kept in zip(again.layers, expected.layers, strict=True):
+            torch.testing.assert_close(layer.keys, kept.keys, rtol=0, atol=1e-5)
+
+    @pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
+    @pytest.mark.parametrize("where", [(PromptLayer, "rewind"), (Runner, "_call")])
+    def test_interrupted_on_the_way(self, engine, monkeypatch, where, error):
+        found = engine.get([5, 6, 7], store=False)
+        expected = found.past_key_values()
+        work = getattr(*where)
+
+        def stopped(*args):
+            work(*args)
+            raise error
+
+        with monkeypatch.context() as patch:
+            patch.setattr(*where, stopped)
+            with pytest.raises(error):
+                engine.get([5, 6, 8], store=False)
+        for layer, kept in zip(found.past_key_values().layers, expected.layers, strict=True):
+            torch.testing.assert_close(layer.keys, kept.keys, rtol=0, atol=1e-5)
+        again = engine.get([5, 6, 8], store=False)
+        torch.testing.assert_close(again.logits, plain_logits(engine.model, [5, 6, 8]), rtol=0, atol=1e-5)
+
+    def test_a_short_prompt_does_not_keep_the_memory_of_a_long_one(self, engine):
+        engine.get([5, 6, 7, *[9] * 400], store=False)
+        for question in range(10, 15):
+            engine.get([5, 6, 7, question], store=False)
+        assert engine._extender.held.cache.room() < 100
 
     def test_nothing_is_written_over_while_it_is_copied(self, engine, monkeypatch):
         found = engine.get([*CONTEXT, 5, 6])
