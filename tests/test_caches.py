@@ -6,7 +6,7 @@ import gc
 import random
 import threading
 import weakref
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
@@ -256,18 +256,19 @@ class TestTheHeldCache:
         found = engine.put(other)
         expected = found.past_key_values()
         engine.get([*CONTEXT, 5])
-        ask, threads = Extender._held_tokens, []
+        reading = Extender._reading_held
 
-        def replaced(extender, *asked):
-            if not threads:
-                threads.append(threading.Thread(target=engine.get, args=(other,), kwargs={"logits": "all"}))
-                threads[0].start()
-                threads[0].join()
-            return ask(extender, *asked)
+        @contextmanager
+        def replaced(extender):
+            with reading(extender) as held:
+                thread = threading.Thread(target=engine.get, args=(other,), kwargs={"logits": "all"})
+                thread.start()
+                thread.join()
+                assert extender.held is not held
+                yield held
 
-        monkeypatch.setattr(Extender, "_held_tokens", replaced)
+        monkeypatch.setattr(Extender, "_reading_held", replaced)
         again = found.past_key_values()
-        assert threads
         for layer, kept in zip(again.layers, expected.layers, strict=True):
             torch.testing.assert_close(layer.keys, kept.keys, rtol=0, atol=1e-5)
 

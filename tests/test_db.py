@@ -20,9 +20,11 @@ from promptdb.errors import (
 from promptdb.format import (
     BLOBS,
     LOGITS,
+    NODES,
     TABLES,
 )
 from promptdb.keys import Root, pack_tokens
+from promptdb.snapshot import Snapshot, Verified
 from promptdb.testing import scratch_directory
 
 # A full disk
@@ -155,6 +157,23 @@ def test_find_node_by_odd_digits():
                 else:
                     with pytest.raises(NodeNotFoundError, match="several"):
                         db.find_node(prefix)
+
+
+def test_a_snapshot_of_a_writer_sees_what_is_written(db):
+    put(db, range(10))
+    ((node, record),) = db.nodes()
+
+    def work(writer):
+        snapshot = Snapshot(writer, Verified("always"))
+        changed = record._replace(compute_s=9.0)
+        for each in (record, changed, record):
+            writer.put(NODES, node, each.pack(node))
+            assert snapshot.record(node) == snapshot.record(node) == each
+        writer.delete(NODES, node)
+        assert snapshot.record(node) is None
+        writer.put(NODES, node, record.pack(node))
+
+    db._index.transact(work)
 
 
 # Writing
