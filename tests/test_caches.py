@@ -81,6 +81,16 @@ class TestCaches:
         with pytest.raises(InputTypeError):
             whole.past_key_values(whole.num_tokens + 1)
 
+    def test_tokens_that_were_cut_off_are_not_written_over(self, engine):
+        cache = engine.get(TEXT).past_key_values()
+        seen = cache.layers[0].keys
+        before = seen.clone()
+        cache.crop(10 - cache.get_seq_length())
+        with torch.no_grad():
+            engine.model(torch.tensor([[5, 6]]), past_key_values=cache, use_cache=True)
+        assert cache.get_seq_length() == 12
+        assert torch.equal(seen, before)
+
     def test_continuing_by_hand_equals_one_pass(self, engine):
         ids = torch.tensor([engine.get(TEXT).token_ids])
         cache = engine.get(TEXT).past_key_values(40)
