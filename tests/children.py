@@ -35,9 +35,8 @@ class Child:
         ours_out, theirs_out = os.pipe()
         self.pid = os.fork()
         if not self.pid:
-            for held in (ours_in, ours_out, *self._held):  # or nobody's input would end before all of us do
-                os.close(held)
-            _run(code, args, theirs_in, theirs_out)
+            # Without ours of all others, or nobody's input would end before all of us do.
+            _run(code, args, theirs_in, theirs_out, {ours_in, ours_out, *self._held})
         os.close(theirs_in), os.close(theirs_out)
         self.stdin, self.stdout = os.fdopen(ours_in, "w"), os.fdopen(ours_out)
         self._held |= {ours_in, ours_out}
@@ -56,6 +55,7 @@ class Child:
 
     def read(self) -> str:
         """Give the process no more input, and return what it prints until it ends; it must not fail."""
+        self._held.discard(self._input)
         self.stdin.close()
         text = self.stdout.read()
         assert self.wait() == 0
@@ -73,9 +73,11 @@ class Child:
             self.stdin.close()
 
 
-def _run(code: str, args: tuple[object, ...], stdin: int, stdout: int) -> None:
+def _run(code: str, args: tuple[object, ...], stdin: int, stdout: int, not_ours: set[int]) -> None:
     status = 1
     try:
+        for held in not_ours:
+            os.close(held)
         os.dup2(stdin, 0), os.dup2(stdout, 1)
         sys.stdin, sys.stdout, sys.argv = os.fdopen(0), os.fdopen(1, "w"), ["-c", *map(str, args)]
         signal.signal(signal.SIGINT, signal.default_int_handler)

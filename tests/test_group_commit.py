@@ -11,6 +11,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from db_tools import read_tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -462,22 +463,13 @@ def test_killed_in_the_middle_of_groups(store_path):
         assert db.verify() == []
         for seed, count in flushed.items():
             for number in range(count):
-                check_tokens(db, [1000 + seed, number, *range(number * 37 % 300)])
+                tokens = [1000 + seed, number, *range(number * 37 % 300)]
+                assert read_tokens(db, tokens) == pack_tokens(tokens)
         starts = [tuple(unpack_tokens(record.span)[:2]) for _, record in db.nodes() if record.start == 0]
         groups = {start for start in starts if start[0] >= 2000}
         assert len(groups) > 3
         for start in groups:
             assert [lookup(db, [*start, each, *range(1000)]) for each in range(30)] == [1003] * 30
-
-
-def check_tokens(db, tokens):
-    """Assert that the blobs along a prompt hold its tokens."""
-    found = b""
-    with db.read() as snapshot:
-        for step in snapshot.match(ROOT, pack_tokens(tokens)).steps:
-            record = snapshot.record(step.node)
-            found += bytes(snapshot.blob(step.node, record, "tokens")["tokens"].data)[: 4 * step.num_tokens]
-    assert found == pack_tokens(tokens)
 
 
 # Storer
