@@ -7,7 +7,7 @@ concatenating: copying 1,000 tokens of a GPT-2 into fresh memory for every forwa
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -62,6 +62,10 @@ class PromptLayer(DynamicLayer):  # type: ignore[misc]
     ``keys`` and ``values`` are views ``[1, kv_heads, tokens, head_dim]`` of buffers with room for ``capacity`` tokens.
     Operations of transformers that replace them (beam reordering, repeating) work: the layer then concatenates, as its
     parent does.
+
+    Attributes
+    ----------
+    before_update : called whenever the model is about to append, by which one can tell how far a pass has come.
     """
 
     def __init__(self, capacity: int = 0) -> None:
@@ -69,6 +73,7 @@ class PromptLayer(DynamicLayer):  # type: ignore[misc]
         self._capacity = capacity
         self._buffers: tuple[torch.Tensor, torch.Tensor] | None = None
         self._num_written = 0
+        self.before_update: Callable[[], None] | None = None
 
     def fill(
         self,
@@ -121,6 +126,8 @@ class PromptLayer(DynamicLayer):  # type: ignore[misc]
             The model's keys or values have another dtype or shape than those that were loaded: torch would convert them
             without a word.
         """
+        if self.before_update is not None:
+            self.before_update()
         past, new = self.get_seq_length(), key_states.shape[-2]
         if self._owns() and not self._fits(key_states, value_states):
             if past:

@@ -25,7 +25,7 @@ from promptdb.errors import (
     TrainModeError,
     UnsupportedModelError,
 )
-from promptdb.head import pooled_logits
+from promptdb.head import fast_output
 from promptdb.keys import num_tokens
 from promptdb.masks import Masks
 from promptdb.placement import device_of
@@ -357,7 +357,7 @@ class Runner:
         if "position_ids" in self._parameters:
             inputs["position_ids"] = positions.to(self.device)
         before, new = cache.get_seq_length(), input_ids.shape[1]
-        with self.alone(), pooled_logits(self.model, input_ids.numel()):
+        with self.alone(), fast_output(self.model, cache, input_ids.numel()):
             output = self.model(**inputs)
         if output.past_key_values is not cache:
             raise UnsupportedModelError(

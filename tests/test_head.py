@@ -1,4 +1,4 @@
-"""Logits in memory that is used again: the same bits, owned by whoever holds them, and only where all is as usual."""
+"""The output layer's faster ways: as exact as the ordinary one, seen by nobody, and only where all is as usual."""
 
 from __future__ import annotations
 
@@ -7,18 +7,21 @@ import threading
 import pytest
 import torch
 from conftest import shared_model, shared_tokenizer
+from torch.overrides import TorchFunctionMode
+from transformers import DynamicCache
 
 from promptdb import Engine, PromptDB
 from promptdb import head as head_module
 from promptdb.buffers import POOL
-from promptdb.head import pooled_logits
+from promptdb.cache import PromptCache
+from promptdb.head import fast_output
 from promptdb.watch import ModelWatch
 
 IDS = torch.arange(40)[None] + 5
 
 
 class Model:
-    """What :func:`pooled_logits` asks of a model."""
+    """What :func:`fast_output` asks of a model."""
 
     def __init__(self, layer):
         self.layer = layer
@@ -50,7 +53,7 @@ def test_the_same_bits(dtype, bias, width, hidden, leases):
     for shape in ((1, 1), (1, 3), (1, 64), (1, 513), (3, 17), (1, 2, 2), ()):
         states = torch.randn(*shape, hidden).to(dtype)
         expected = layer(other(states))
-        with pooled_logits(Model(layer), 100):
+        with fast_output(Model(layer), DynamicCache(), 100):
             logits = layer(other(states))
         assert torch.equal(logits, expected)
         assert logits.shape == expected.shape
@@ -61,7 +64,7 @@ def test_the_same_bits(dtype, bias, width, hidden, leases):
 def test_logits_that_are_kept_do_not_change():
     layer = torch.nn.Linear(64, 100_000)
     kept = []
-    with pooled_logits(Model(layer), 30):
+    with fast_output(Model(layer), DynamicCache(), 30):
         for _ in range(6):
             states = torch.randn(1, 30, 64)
             logits = layer(states)
@@ -75,9 +78,9 @@ def test_anything_unusual_goes_the_ordinary_way(leases, monkeypatch):
     layer = torch.nn.Linear(64, 500)
     states = torch.randn(1, 3, 64)
     for without in (None, torch.nn.Identity(), torch.nn.Embedding(3, 4, device="meta")):
-        with pooled_logits(Model(without), 3):
+        with fast_output(Model(without), DynamicCache(), 3):
             layer(states)
-    with pooled_logits(Model(layer), 3):
+    with fast_output(Model(layer), DynamicCache(), 3):
         assert layer(states).requires_grad
         assert torch.nn.Linear(64, 500)(states).requires_grad
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
@@ -85,7 +88,7 @@ def test_anything_unusual_goes_the_ordinary_way(leases, monkeypatch):
         with torch.no_grad(), pytest.raises(RuntimeError):
             layer(states.double())
     monkeypatch.setattr(head_module, "_MOST_BYTES", 100)
-    with torch.no_grad(), pooled_logits(Model(layer), 3):
+    with torch.no_grad(), fast_output(Model(layer), DynamicCache(), 3):
         layer(states)
     assert leases == []
 
@@ -97,7 +100,7 @@ def test_a_models_logits(arch, leases):
     before = watch.weights_id
     with torch.no_grad():
         expected = model(IDS).logits
-        with pooled_logits(model, IDS.numel()):
+        with fast_output(model, DynamicCache(), IDS.numel()):
             found = model(IDS).logits
             assert watch._seen.unchanged()  # another thread may ask in the middle of a pass
         assert torch.equal(found, expected)
@@ -123,3 +126,137 @@ def test_engines_of_two_threads_share_a_model():
             expected = model(torch.tensor([prompt])).logits[0, -1]
             for found in results.values():
                 torch.testing.assert_close(found[number], expected, atol=1e-5, rtol=0)
+
+
+class Calls(TorchFunctionMode):
+    """Counts the matrix products among the calls that it sees."""
+
+    def __init__(self):
+        super().__init__()
+        self.num_products = 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.num_products += func is torch.mm
+        return func(*args, **(kwargs or {}))
+
+
+def after(model, num_tokens):
+    """Return a cache of the first tokens of ``IDS``."""
+    cache = PromptCache(100)
+    with torch.no_grad():
+        model(IDS[:, :num_tokens], past_key_values=cache)
+    return cache
+
+
+def depth():
+    return torch._C._len_torch_function_stack()
+
+
+def num_products(model, cache, token_ids):
+    """Return how many products were taken the other way round in a pass, and its logits."""
+    # The mode of whoever watches stays below: what the output layer is replaced by is seen by it.
+    with torch.no_grad(), Calls() as calls, fast_output(model, cache, token_ids.numel()):
+        logits = model(token_ids, past_key_values=cache).logits
+    assert depth() == 0
+    assert all(layer.before_update is None for layer in cache.layers)
+    return calls.num_products, logits
+
+
+@pytest.fixture
+def as_measured(monkeypatch):
+    """Large results are what they are."""
+    monkeypatch.setattr(head_module, "_LEAST_BYTES", 48 << 20)
+
+
+@pytest.mark.skipif(not torch._C.has_mkl, reason="measured with MKL only")
+@pytest.mark.parametrize("arch", ["gpt2", "llama", "gemma2", "phi", "opt"])
+def test_few_tokens_after_a_stored_prompt(arch, as_measured):
+    model = shared_model(arch)
+    with torch.no_grad():
+        expected = model(IDS).logits
+    for new, is_faster in ((1, False), (6, False), (7, True), (8, True), (32, True), (33, False)):
+        past = 40 - new
+        found, logits = num_products(model, after(model, past), IDS[:, past:])
+        assert bool(found) is is_faster
+        torch.testing.assert_close(logits, expected[:, past:], atol=1e-5, rtol=0)
+    found, logits = num_products(model, PromptCache(100), IDS[:, :8])
+    assert found == 0  # a pass from the start
+    with torch.no_grad():
+        assert torch.equal(logits, model(IDS[:, :8]).logits)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_few_rows_are_as_exact_as_the_ordinary_way(bias):
+    layer = torch.nn.Linear(768, 5000, bias=bias)
+    worst = {}
+    for rows in (7, 8, 15, 16, 31, 32):
+        states = torch.randn(1, rows, 768)
+        exact = torch.nn.functional.linear(
+            states.double(), layer.weight.double(), layer.bias.double() if bias else None
+        )
+        with torch.no_grad():
+            ways = {few: head_module._linear(states, layer.weight, layer.bias, is_few=few) for few in (True, False)}
+        for few, logits in ways.items():
+            assert logits.shape == exact.shape
+            assert logits.is_contiguous()
+            worst[few] = max(worst.get(few, 0), (logits - exact).abs().max().item())
+    assert worst[True] <= 2 * worst[False]
+    assert worst[True] < 1e-5
+
+
+def test_the_mode_comes_with_the_last_layer_and_goes_with_the_pass(as_measured):
+    model = shared_model("llama")
+    cache = after(model, 20)
+    depths = []
+    handles = [layer.register_forward_hook(lambda *_: depths.append(depth())) for layer in model.model.layers]
+    handles.append(model.model.layers[-1].register_forward_pre_hook(lambda *_: depths.append(-depth())))
+    try:
+        num_products(model, cache, IDS[:, 20:28])
+    finally:
+        for handle in handles:
+            handle.remove()
+    # One mode is the test's own.
+    assert depths == [1] * (len(model.model.layers) - 1) + [-1, 2]
+
+
+@pytest.mark.parametrize("at", ["before", "after"])
+def test_a_pass_that_fails_leaves_nothing(at, as_measured):
+    model = shared_model("llama")
+    cache = after(model, 20)
+
+    def fail(*_):
+        raise RuntimeError("failed on purpose")
+
+    handle = model.model.layers[0 if at == "before" else -1].register_forward_hook(fail)
+    try:
+        with torch.no_grad(), pytest.raises(RuntimeError, match="on purpose"):  # noqa: SIM117
+            with fast_output(model, cache, 8):
+                model(IDS[:, 20:28], past_key_values=cache)
+    finally:
+        handle.remove()
+    assert depth() == 0
+    assert all(layer.before_update is None for layer in cache.layers)
+
+
+def test_a_mode_that_the_model_itself_is_in_is_not_left_early(as_measured, monkeypatch):
+    model = shared_model("llama")
+    cache = after(model, 20)
+    forward = type(model.model).forward
+
+    def in_a_mode(*args, **kwargs):
+        with Calls():
+            return forward(*args, **kwargs)
+
+    monkeypatch.setattr(type(model.model), "forward", in_a_mode)
+    found, _ = num_products(model, cache, IDS[:, 20:28])
+    assert found == 0
+
+
+def test_a_layer_that_concatenates_is_as_good(as_measured):
+    model = shared_model("llama")
+    cache = after(model, 20)
+    cache.batch_repeat_interleave(1)
+    with torch.no_grad():
+        expected = model(IDS[:, :28]).logits[:, 20:]
+    _, logits = num_products(model, cache, IDS[:, 20:28])
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=0)
