@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from torch.nn.functional import linear
 from torch.overrides import TorchFunctionMode
-from transformers.cache_utils import Cache
 
 from promptdb.buffers import POOL
 from promptdb.cache import PromptLayer, pooled_empty
@@ -34,7 +33,7 @@ _MOST_BYTES = POOL.max_idle_bytes // 4
 _FEW_ROWS = range(7, 33)
 
 
-def fast_output(model: Any, cache: Cache, num_rows: int) -> AbstractContextManager[object]:
+def fast_output(model: Any, cache: Any, num_rows: int) -> AbstractContextManager[object]:
     """Return a context for one pass, in which a model's output layer takes the way that is fastest for its size.
 
     Large results are the same, bit by bit. Those of few rows after a stored prompt are as exact but not the same: a
@@ -42,7 +41,7 @@ def fast_output(model: Any, cache: Cache, num_rows: int) -> AbstractContextManag
 
     Parameters
     ----------
-    cache : what the pass is going to append to.
+    cache : a ``Cache`` of transformers, that the pass is going to append to.
     num_rows : rows that the output layer is going to be given.
 
     Notes

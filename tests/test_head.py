@@ -13,7 +13,7 @@ from transformers import DynamicCache
 from promptdb import Engine, PromptDB
 from promptdb import head as head_module
 from promptdb.buffers import POOL
-from promptdb.cache import PromptCache
+from promptdb.cache import PromptCache, layout_of
 from promptdb.head import fast_output
 from promptdb.watch import ModelWatch
 
@@ -179,10 +179,12 @@ def test_few_tokens_after_a_stored_prompt(arch, as_measured):
         found, logits = num_products(model, after(model, past), IDS[:, past:])
         assert bool(found) is is_faster
         torch.testing.assert_close(logits, expected[:, past:], atol=1e-5, rtol=0)
-    found, logits = num_products(model, PromptCache(100), IDS[:, :8])
-    assert found == 0  # a pass from the start
-    with torch.no_grad():
-        assert torch.equal(logits, model(IDS[:, :8]).logits)
+    empty = PromptCache.of_layout(layout_of(after(model, 1)), 0, 100, torch.device("cpu"))
+    for cache in (PromptCache(100), empty):  # passes from the start
+        found, logits = num_products(model, cache, IDS[:, :8])
+        assert found == 0
+        with torch.no_grad():
+            assert torch.equal(logits, model(IDS[:, :8]).logits)
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -243,13 +245,17 @@ def test_a_mode_that_the_model_itself_is_in_is_not_left_early(as_measured, monke
     cache = after(model, 20)
     forward = type(model.model).forward
 
+    left = []
+
     def in_a_mode(*args, **kwargs):
-        with Calls():
-            return forward(*args, **kwargs)
+        with Calls() as mode:
+            result = forward(*args, **kwargs)
+        left.append(all(torch.overrides._get_current_function_mode_stack()[at] is not mode for at in range(depth())))
+        return result
 
     monkeypatch.setattr(type(model.model), "forward", in_a_mode)
     found, _ = num_products(model, cache, IDS[:, 20:28])
-    assert found == 0
+    assert (found, left) == (0, [True])
 
 
 def test_a_layer_that_concatenates_is_as_good(as_measured):
