@@ -56,6 +56,12 @@ def _same_place(view: torch.Tensor, buffer: torch.Tensor) -> bool:
     )
 
 
+def _fits(states: torch.Tensor, buffer: torch.Tensor) -> bool:
+    """Return whether states can be written into a buffer as they are."""
+    (a, b, _, c), (x, y, _, z) = states.shape, buffer.shape
+    return states.dtype == buffer.dtype and (a, b, c) == (x, y, z)
+
+
 class PromptLayer(DynamicLayer):  # type: ignore[misc]
     """A layer that keeps all tokens and appends in place while there is room.
 
@@ -72,6 +78,7 @@ class PromptLayer(DynamicLayer):  # type: ignore[misc]
         super().__init__()
         self._capacity = capacity
         self._buffers: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._views: tuple[torch.Tensor, torch.Tensor] | None = None  # of the buffers, as last made
         self._num_written = 0
         self.before_update: Callable[[], None] | None = None
 
@@ -86,13 +93,15 @@ class PromptLayer(DynamicLayer):  # type: ignore[misc]
         self.dtype, self.device = keys.dtype, keys.device
         self._buffers = buffers
         self._capacity = keys.shape[-2]
-        self.keys, self.values = filled or (keys[:, :, :num_tokens], values[:, :, :num_tokens])
+        self._views = filled or (keys[:, :, :num_tokens], values[:, :, :num_tokens])
+        self.keys, self.values = self._views
         self._num_written = num_tokens
         self.is_initialized = True
 
     def room(self) -> int:
         """Return how many tokens fit in place, or 0 if this layer does not append in place."""
-        return self._buffers[0].shape[-2] if self._buffers is not None and self._owns() else 0
+        buffers = self._owned()
+        return 0 if buffers is None else buffers[0].shape[-2]
 
     def rewind(self, num_tokens: int) -> None:
         """Forget all but the first tokens of a layer that appends in place; the next are written over the rest."""
@@ -100,20 +109,15 @@ class PromptLayer(DynamicLayer):  # type: ignore[misc]
         assert num_tokens <= self._num_written
         self.fill(self._buffers, num_tokens)
 
-    def _owns(self) -> bool:
-        return (
-            self._buffers is not None
-            and self.keys is not None
-            and _same_place(self.keys, self._buffers[0])
-            and _same_place(self.values, self._buffers[1])
-            and self.keys.shape[0] == 1
-        )
-
-    def _fits(self, *states: torch.Tensor) -> bool:
-        return self._buffers is not None and all(
-            new.dtype == buffer.dtype and new.shape[:2] == buffer.shape[:2] and new.shape[3] == buffer.shape[3]
-            for new, buffer in zip(states, self._buffers, strict=True)
-        )
+    def _owned(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Return the buffers, or None if keys and values are not, or no longer, views of them."""
+        buffers = self._buffers
+        if buffers is None or self.keys is None:
+            return None
+        if self._views is not None and self.keys is self._views[0] and self.values is self._views[1]:
+            return buffers  # as this layer left them; anything else is looked at
+        is_there = _same_place(self.keys, buffers[0]) and _same_place(self.values, buffers[1])
+        return buffers if is_there and self.keys.shape[0] == 1 else None
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
@@ -125,11 +129,17 @@ class PromptLayer(DynamicLayer):  # type: ignore[misc]
         UnsupportedModelError
             The model's keys or values have another dtype or shape than those that were loaded: torch would convert them
             without a word.
+
+        Notes
+        -----
+        Cost beside the copy: few operations, as each takes 20 microseconds when a pass over a model's weights has just
+        emptied the CPU's caches.
         """
         if self.before_update is not None:
             self.before_update()
         past, new = self.get_seq_length(), key_states.shape[-2]
-        if self._owns() and not self._fits(key_states, value_states):
+        buffers = self._owned()
+        if buffers and not (_fits(key_states, buffers[0]) and _fits(value_states, buffers[1])):
             if past:
                 raise UnsupportedModelError(
                     f"the model computes {key_states.dtype} {tuple(key_states.shape)} after a cache of "
@@ -137,39 +147,45 @@ class PromptLayer(DynamicLayer):  # type: ignore[misc]
                     "run it without autocast, as when the cache was filled",
                 )
             self.reset()
+            buffers = None
         if not self.is_initialized and key_states.shape[0] == 1 and self._capacity:
             room = max(self._capacity, new)
-            buffers = [
+            keys, values = (
                 pooled_empty((1, states.shape[1], room, states.shape[3]), states.dtype, states.device)
                 for states in (key_states, value_states)
-            ]
-            self.fill((buffers[0], buffers[1]), 0)
-        if not self._owns() or torch.is_grad_enabled():
-            self._buffers = None
+            )
+            buffers = keys, values
+            self.fill(buffers, 0)
+        if buffers is None or torch.is_grad_enabled():
+            self._buffers = self._views = None
             return super().update(key_states, value_states, *args, **kwargs)  # type: ignore[no-any-return]
-        assert self._buffers is not None
         # After a crop somebody may still look at the tokens that were cut off: they are not written over.
-        if past < self._num_written or past + new > self._buffers[0].shape[-2]:
-            self._grow(past + new)
-        for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
-            buffer[:, :, past : past + new].copy_(states)
-        self.keys, self.values = (buffer[:, :, : past + new] for buffer in self._buffers)
+        if past < self._num_written or past + new > buffers[0].shape[-2]:
+            buffers = self._grow(buffers, past + new)
+        keys, values = buffers
+        keys.narrow(2, past, new).copy_(key_states)
+        values.narrow(2, past, new).copy_(value_states)
+        self._views = keys.narrow(2, 0, past + new), values.narrow(2, 0, past + new)
+        self.keys, self.values = self._views
         self._num_written = past + new
-        return self.keys, self.values
+        return self._views
 
-    def _grow(self, needed: int) -> None:
+    def _grow(self, buffers: tuple[torch.Tensor, torch.Tensor], needed: int) -> tuple[torch.Tensor, torch.Tensor]:
         past = self.keys.shape[-2]
-        grown = []
-        for buffer in self._buffers or ():
-            room = max(needed, past + past // 2 + 64)
-            larger = pooled_empty((1, buffer.shape[1], room, buffer.shape[3]), buffer.dtype, buffer.device)
-            larger[:, :, :past].copy_(buffer[:, :, :past])
-            grown.append(larger)
-        self.fill((grown[0], grown[1]), past)
+        room = max(needed, past + past // 2 + 64)
+
+        def larger(buffer: torch.Tensor) -> torch.Tensor:
+            grown = pooled_empty((1, buffer.shape[1], room, buffer.shape[3]), buffer.dtype, buffer.device)
+            grown[:, :, :past].copy_(buffer[:, :, :past])
+            return grown
+
+        grown = larger(buffers[0]), larger(buffers[1])
+        self.fill(grown, past)
+        return grown
 
     def reset(self) -> None:
         """Forget everything."""
-        self._buffers = None
+        self._buffers = self._views = None
         super().reset()
 
 

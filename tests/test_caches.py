@@ -59,7 +59,7 @@ class TestCaches:
         for fresh in (True, False):
             engine.get(TEXT if fresh else TEXT + " again")
             cache = engine._extender.held.cache
-            assert all(layer._owns() for layer in cache.layers)
+            assert cache.room() > 0
             assert cache.stacks(engine._extender.layout) is not None
             place = cache.layers[0].keys.data_ptr()
             with torch.no_grad():
