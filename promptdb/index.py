@@ -275,11 +275,11 @@ class _LmdbTransaction:
 
     def get(self, table: str, key: bytes) -> memoryview | None:
         handle = self._tables.get(table)  # None: the store was opened for reading, and never had that table
-        return None if handle is None else self._transaction.get(key, db=handle)
+        return None if handle is None else self._transaction.get(key, None, handle)
 
     def size(self, table: str, key: bytes) -> int | None:
         handle = self._tables.get(table)
-        value = None if handle is None else self._transaction.get(key, db=handle)  # a view: nothing is read
+        value = None if handle is None else self._transaction.get(key, None, handle)  # a view: nothing is read
         return None if value is None else len(value)
 
     def scan(self, table: str, start: bytes = b"", prefix: bytes = b"") -> Iterator[Item]:
