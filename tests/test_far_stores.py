@@ -41,8 +41,10 @@ class Shared(FarContract):
         return opened(self.url(name))
 
     def test_two_machines(self, name, tmp_path):
-        options = SharedOptions.of_url(self.url(name))
-        one, two = Machine(tmp_path / "one", self.url(name)), Machine(tmp_path / "two", self.url(name))
+        # Servers that are started for a test may take more than a second on a busy machine.
+        url = f"{self.url(name)}{'&' if '?' in self.url(name) else '?'}timeout_s=10"
+        options = SharedOptions.of_url(url)
+        one, two = Machine(tmp_path / "one", url), Machine(tmp_path / "two", url)
         try:
             one.put(PROMPT, logits=[50])
             assert two.pull([*PROMPT, 7]) == 50
