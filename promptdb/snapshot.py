@@ -19,6 +19,9 @@ from promptdb.trie import KnownSpans, Step, Walk, match
 
 VERIFY_MODES = ("always", "once", "never")
 
+# Records that a snapshot remembers, a few KB each: those of one prompt, while many may be read.
+_MOST_RECORDS = 64
+
 
 class Verified:
     """Which blobs this process has already checked, for the mode ``once``.
@@ -99,7 +102,7 @@ class Snapshot:
         self._verified = verified
         self._accesses = accesses
         self._clock = clock
-        self._last: tuple[bytes, bytes, NodeRecord] | None = None  # read last: a load asks for a record three times
+        self._records: dict[bytes, tuple[bytes, NodeRecord]] = {}  # read: a load asks for each two or three times
 
     def match(self, root: Root, packed: bytes, known: KnownSpans | None = None) -> Match:
         """Find the longest stored prefix of a prompt that has not expired; see :func:`promptdb.trie.match`."""
@@ -134,12 +137,15 @@ class Snapshot:
         if found is None:
             return None
         data = bytes(found)
-        if self._last is not None and self._last[:2] == (node, data):  # a writer may see another one the next time
-            return self._last[2]
+        known = self._records.get(node)
+        if known is not None and known[0] == data:  # a writer may see another one the next time
+            return known[1]
         record = NodeRecord.unpack(node, data)
         if node_id(record.child_hash, record.span) != node:
             raise CorruptDataError(f"the record under node {node[:8].hex()} belongs to another span")
-        self._last = node, data, record
+        if len(self._records) >= _MOST_RECORDS:
+            self._records.clear()
+        self._records[node] = data, record
         return record
 
     def blob(self, node: bytes, record: NodeRecord, kind: str) -> dict[str, TensorView] | None:
