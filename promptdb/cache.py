@@ -56,10 +56,14 @@ def _same_place(view: torch.Tensor, buffer: torch.Tensor) -> bool:
     )
 
 
+def _begins_like(view: torch.Tensor, buffer: torch.Tensor) -> bool:
+    return view.data_ptr() == buffer.data_ptr()
+
+
 def _fits(states: torch.Tensor, buffer: torch.Tensor) -> bool:
-    """Return whether states can be written into a buffer as they are."""
-    (a, b, _, c), (x, y, _, z) = states.shape, buffer.shape
-    return states.dtype == buffer.dtype and (a, b, c) == (x, y, z)
+    """Return whether states can be written into a buffer as they are, at some token."""
+    new, there = states.shape, buffer.shape
+    return states.dtype == buffer.dtype and new[:2] == there[:2] and new[3:] == there[3:]
 
 
 class PromptLayer(DynamicLayer):  # type: ignore[misc]
@@ -74,13 +78,19 @@ class PromptLayer(DynamicLayer):  # type: ignore[misc]
     before_update : called whenever the model is about to append, by which one can tell how far a pass has come.
     """
 
+    # Of the class: layers that were pickled before there were these lack them.
+    before_update: Callable[[], None] | None = None
+    _views: tuple[torch.Tensor, torch.Tensor] | None = None  # of the buffers, as last made
+
     def __init__(self, capacity: int = 0) -> None:
         super().__init__()
         self._capacity = capacity
         self._buffers: tuple[torch.Tensor, torch.Tensor] | None = None
-        self._views: tuple[torch.Tensor, torch.Tensor] | None = None  # of the buffers, as last made
         self._num_written = 0
-        self.before_update: Callable[[], None] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Copies and pickles: they are in no pass, and their tensors may have been parted from their buffers.
+        return {**self.__dict__, "before_update": None, "_views": None}
 
     def fill(
         self,
@@ -114,8 +124,11 @@ class PromptLayer(DynamicLayer):  # type: ignore[misc]
         buffers = self._buffers
         if buffers is None or self.keys is None:
             return None
-        if self._views is not None and self.keys is self._views[0] and self.values is self._views[1]:
-            return buffers  # as this layer left them; anything else is looked at
+        views = self._views
+        is_as_left = views is not None and self.keys is views[0] and self.values is views[1]
+        # Unless their memory was replaced. Anything else is looked at more closely.
+        if is_as_left and all(map(_begins_like, views or (), buffers)):
+            return buffers
         is_there = _same_place(self.keys, buffers[0]) and _same_place(self.values, buffers[1])
         return buffers if is_there and self.keys.shape[0] == 1 else None
 

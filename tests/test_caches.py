@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import random
 import threading
 import weakref
 from contextlib import contextmanager, nullcontext
+from pickle import dumps, loads
 
 import pytest
 import torch
@@ -155,6 +157,54 @@ def _same(x, pctx):
 
 def place(engine) -> int:
     return engine._extender.held.cache.layers[0].keys.data_ptr()
+
+
+def _scale(layer):
+    layer.keys.mul_(3)
+
+
+def _give_other_data(layer):
+    layer.keys.data = layer.keys.data * 3
+
+
+def _set_other_memory(layer):
+    layer.keys.set_(layer.keys * 3)
+
+
+def _replace(layer):
+    layer.keys = layer.keys * 3
+
+
+class TestChangesByHand:
+    """Keys that somebody changed are the ones that the model goes on with, however they were changed."""
+
+    @pytest.mark.parametrize("change", [_scale, _give_other_data, _set_other_memory, _replace])
+    @pytest.mark.parametrize("copied", [lambda each: each, copy.copy, copy.deepcopy, lambda each: loads(dumps(each))])
+    @torch.no_grad()
+    def test_are_seen(self, engine, change, copied):
+        representation = engine.get(list(range(10, 40)))
+        cache = representation.past_key_values()
+        expected = DynamicCache([(layer.keys.clone(), layer.values.clone()) for layer in cache.layers])
+        cache.layers = [copied(layer) for layer in cache.layers]
+        for layer, other in zip(cache.layers, expected.layers, strict=True):
+            change(layer)
+            change(other)
+        for token_ids in (torch.arange(50, 58)[None], torch.tensor([[60]])):
+            found = engine.model(token_ids, past_key_values=cache).logits
+            torch.testing.assert_close(
+                found, engine.model(token_ids, past_key_values=expected).logits, atol=1e-5, rtol=0
+            )
+        assert cache.get_seq_length() == 39
+
+    @torch.no_grad()
+    def test_a_layer_of_an_older_version_goes_on(self, engine):
+        cache = engine.get([5, 6, 7]).past_key_values()
+        expected = plain_logits(engine.model, [5, 6, 7, 8])
+        for layer in cache.layers:
+            layer.__dict__.pop("_views", None)
+            layer.__dict__.pop("before_update", None)
+        found = engine.model(torch.tensor([[8]]), past_key_values=cache).logits[0, -1]
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 
 
 class TestTheHeldCache:
