@@ -11,8 +11,6 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import click
-
 from promptdb.commits import PutReport, PutRequest
 from promptdb.db import PromptDB
 from promptdb.errors import ModelNotFoundError
@@ -93,20 +91,11 @@ def _quieten() -> bool:
 
 
 def _load(db: PromptDB, model: str, dtype: str, device: str | None, **options: str) -> Engine:
-    import torch
     from transformers.utils import logging
 
     from promptdb.engine import Engine
 
     logging.disable_progress_bar()  # ours says that the model is loading
-    if device is not None:
-        try:
-            wanted = torch.device(device)
-        except RuntimeError:
-            raise click.BadParameter(f"{device!r} is no device; cpu and cuda are", param_hint="--device") from None
-        if wanted.type == "cuda" and (wanted.index or 0) >= torch.cuda.device_count():
-            found = f"{torch.cuda.device_count()} CUDA devices"
-            raise click.BadParameter(f"there is no {device}: torch finds {found}", param_hint="--device")
     return Engine.from_pretrained(db, model, dtype=dtype, device=device, **options)
 
 

@@ -18,7 +18,7 @@ from promptdb.ambient import plain_torch
 from promptdb.batch import BatchLimits, Progress, Result
 from promptdb.cache import PromptCache
 from promptdb.db import PromptDB
-from promptdb.errors import InputTypeError, ModelError, StoreError, UnsupportedModelError
+from promptdb.errors import InputTypeError, ModelError, ReadOnlyStoreError, StoreError, UnsupportedModelError
 from promptdb.explain import Explanation, explain
 from promptdb.extender import Extender, Fetch, nothing_found
 from promptdb.forecast import Forecast
@@ -225,8 +225,8 @@ class Engine:
         self._check_open()
         packed = self.tokenize(prompt).packed
         root = self.root_of(packed)
-        self._extender.match(root, packed, use_held=False)  # waits for what is being written of it
-        return explain(self.db, root, packed, self._extender.cost)
+        usable = self._extender.match(root, packed, use_held=False)  # waits for what is being written of it
+        return explain(self.db, root, packed, self._extender.cost, usable if self.strict else None)
 
     def get(self, prompt: Any, *, logits: str = "last", store: bool = True) -> Representation:
         """Return the representation of a prompt: loaded as far as it is stored, computed from there, and stored.
@@ -368,7 +368,15 @@ class Engine:
         raise StoreError("these keys and values vanish from the store as fast as they are computed")
 
     def put(self, prompt: Any) -> Representation:
-        """Make sure that a prompt is stored, durably, and return its representation. See :meth:`get`."""
+        """Make sure that a prompt is stored, durably, and return its representation. See :meth:`get`.
+
+        Raises
+        ------
+        ReadOnlyStoreError
+            It is not stored, and the store is open for reading only.
+        """
+        if self.db.readonly and not self.lookup(prompt).is_complete:
+            raise ReadOnlyStoreError(f"{self.db.path} is open for reading only", "open it for writing, or use get()")
         representation = self.get(prompt)
         self.flush()
         return representation

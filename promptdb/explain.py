@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from promptdb.cost import CostModel, Estimate
 from promptdb.db import PromptDB
 from promptdb.keys import TOKEN_BYTES, PrefixHasher, Root, num_tokens, unpack_tokens
-from promptdb.snapshot import Snapshot
+from promptdb.snapshot import Match, Snapshot
 from promptdb.trie import Step, children
 
 
@@ -53,13 +53,16 @@ class Explanation:
         return self.has_logits and self.num_stored == self.num_tokens
 
 
-def explain(db: PromptDB, root: Root, packed: bytes, cost: CostModel | None = None) -> Explanation:
+def explain(
+    db: PromptDB, root: Root, packed: bytes, cost: CostModel | None = None, usable: Match | None = None
+) -> Explanation:
     """Explain a lookup.
 
     Parameters
     ----------
     packed : the prompt's packed tokens.
     cost : measured rates; by default those that the store remembers of the model.
+    usable : what an engine uses of what is stored, where that may be less.
 
     Notes
     -----
@@ -80,20 +83,33 @@ def explain(db: PromptDB, root: Root, packed: bytes, cost: CostModel | None = No
                     others.append(OtherRoot(other, reached, different))
         others.sort(key=lambda each: -each.num_tokens)
         following = _following(snapshot, match.steps, root, packed, stored) if stored < total else ()
-    expected = unpack_tokens(packed[stored * TOKEN_BYTES : (stored + 1) * TOKEN_BYTES])[0] if stored < total else None
+    reason = _reason(root, total, match, following, others, bool(db.stat()["num_nodes"]))
+    if usable is not None and (usable.num_tokens, usable.has_logits) < (stored, match.has_logits):
+        reason = (
+            f"{stored} tokens are stored, of which a strict engine uses {usable.num_tokens}: the rest was computed in "
+            "another way, or not in one pass"
+        )
+        match, stored, following = usable, usable.num_tokens, ()
+    expected = _token(match) if stored < total else None
     if cost is None:
         cost = CostModel(db.registry.model(root.weights_id))
     return Explanation(
         total,
         stored,
         match.has_logits,
-        _reason(total, stored, match.has_logits, expected, following, others, bool(db.stat()["num_nodes"])),
+        reason,
         expected,
         following,
         tuple(others),
         match.steps,
         cost.estimate(stored),
     )
+
+
+def _token(match: Match) -> int:
+    """Return the prompt's first token that a match lacks."""
+    at = match.num_tokens * TOKEN_BYTES
+    return unpack_tokens(match.packed[at : at + TOKEN_BYTES])[0]
 
 
 def _following(snapshot: Snapshot, steps: Sequence[Step], root: Root, packed: bytes, stored: int) -> tuple[int, ...]:
@@ -112,16 +128,15 @@ def _following(snapshot: Snapshot, steps: Sequence[Step], root: Root, packed: by
 
 
 def _reason(
-    total: int,
-    stored: int,
-    has_logits: bool,
-    expected: int | None,
-    following: Sequence[int],
-    others: Sequence[OtherRoot],
-    any_nodes: bool,
+    root: Root, total: int, match: Match, following: Sequence[int], others: Sequence[OtherRoot], any_nodes: bool
 ) -> str:
+    stored = match.num_tokens
     if stored == total:
-        return "everything is stored" if has_logits else "all tokens are stored, but not the logits after the last one"
+        return (
+            "everything is stored"
+            if match.has_logits
+            else "all tokens are stored, but not the logits after the last one"
+        )
     if others:
         names = {
             "weights_id": "other weights",
@@ -134,12 +149,13 @@ def _reason(
     if not any_nodes:
         return "the store is empty"
     if stored == 0 and not following:
-        return "nothing is stored for this model and tokenizer"
+        where = f" in namespace {root.namespace!r}" if root.namespace else ""
+        return f"nothing is stored for this model and tokenizer{where}"
     if following:
         what = (
             "no stored prompt starts"
             if stored == 0
             else f"stored prompts part from this one at token {stored}: none goes on"
         )
-        return f"{what} with token {expected}"
+        return f"{what} with token {_token(match)}"
     return f"the stored prompt ends after {stored} tokens"

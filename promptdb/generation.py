@@ -16,6 +16,7 @@ _OURS = ("inputs", "input_ids", "inputs_embeds", "attention_mask", "past_key_val
 # With these, generate brings a cache of its own, or reads the prompt in another way.
 _UNTOUCHED = (
     *("assistant_model", "prompt_lookup_num_tokens", "cache_implementation", "custom_generate", "dola_layers"),
+    *("assistant_early_exit", "use_mtp", "speculation_type"),
     # These return something for every token of the prompt, so that all of them have to go through the model.
     *("output_hidden_states", "output_attentions"),
 )
@@ -28,11 +29,12 @@ def generate(engine: Engine, prompt: Any, hf_kwargs: dict[str, Any]) -> Any:
             raise InputTypeError(f"generate() sets {name} itself", "pass the prompt as the first argument")
     model = engine.model
     asked = engine.tokenize(prompt)
-    config = hf_kwargs.get("generation_config") or model.generation_config
+    # As transformers does: what a configuration that is passed leaves open is as the model's own says.
+    configs = (hf_kwargs.get("generation_config"), model.generation_config)
 
     def option(name: str, default: Any) -> Any:
-        value = hf_kwargs.get(name, getattr(config, name, None))
-        return default if value is None else value
+        values = [hf_kwargs.get(name), *(getattr(config, name, None) for config in configs)]
+        return next((value for value in values if value is not None), default)
 
     representation = engine.get(asked)
     input_ids = torch.tensor([list(unpack_tokens(asked.packed))], dtype=torch.long, device=engine.device)

@@ -47,7 +47,7 @@ def translated(error: Exception, path: Path) -> PromptDBError:
     code = error.errno if isinstance(error, OSError) else None
     if code in _FULL_ERRNOS or any(os.strerror(full) in text for full in _FULL_ERRNOS) or _is_short_write(text, path):
         return StoreFullError(
-            f"no space left for {path}: {text}", "free space or move the store; what it held is still readable"
+            f"no space left for {path}: {text}", "free space or move the store; what it holds is still readable"
         )
     if isinstance(error, (lmdb.InvalidError, lmdb.VersionMismatchError, lmdb.IncompatibleError)):
         return NotAStoreError(

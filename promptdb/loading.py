@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from promptdb.checkpoint import adapter_base, file_key, resolve, tokenizer_files_present
-from promptdb.errors import InputTypeError, ModelError, ModelNotFoundError
+from promptdb.errors import InputTypeError, ModelError, ModelNotFoundError, ModelPlacementError
 
 if TYPE_CHECKING:
     import torch
@@ -49,6 +49,22 @@ class LoadedCheckpoint:
             db.registry.add_checkpoint(self.key, fields)
 
 
+def _device(device: str | torch.device | None) -> torch.device:
+    import torch
+
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        wanted = torch.device(device)
+    except (RuntimeError, TypeError):
+        raise InputTypeError(f"{device!r} is no device", "cpu and cuda are") from None
+    if wanted.type == "cuda" and (wanted.index or 0) >= torch.cuda.device_count():
+        raise ModelPlacementError(
+            f"there is no {wanted}: torch finds {torch.cuda.device_count()} CUDA devices", "choose another device"
+        )
+    return wanted
+
+
 def load_checkpoint(
     db: PromptDB,
     path_or_hub_id: str | os.PathLike[str],
@@ -64,6 +80,8 @@ def load_checkpoint(
         There is no such checkpoint, or no tokenizer beside it.
     ModelError
         transformers cannot load it; its reason is part of the message.
+    InputTypeError, ModelPlacementError
+        There is no such dtype or device. Nothing has been read then.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -74,6 +92,7 @@ def load_checkpoint(
     if name != "auto" and not isinstance(getattr(torch, name, None), torch.dtype):
         raise InputTypeError(f"{name!r} is not a dtype", 'choose "auto", "float32", "bfloat16" or "float16"')
     chosen = "auto" if name == "auto" else getattr(torch, name)
+    target = _device(device)
     source, directory = os.fspath(path_or_hub_id), None
     try:
         directory = resolve(source)
@@ -103,9 +122,6 @@ def load_checkpoint(
                 f"{source} lacks {len(names)} weights, which transformers would draw at random: {', '.join(names[:3])}",
                 "a base model without its language-model head cannot be used; choose the causal language model",
             )
-    target = (
-        torch.device(device) if device is not None else torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    )
     model = model.to(target).eval()
     if directory is None:  # it was downloaded just now
         try:

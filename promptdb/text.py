@@ -11,6 +11,7 @@ from promptdb.errors import InputTypeError
 
 if TYPE_CHECKING:
     from promptdb.engine import Engine
+    from promptdb.keys import Root
     from promptdb.representation import Representation
 
 _SHOWN_CHARACTERS = 30
@@ -51,7 +52,7 @@ class Text:
         self._engine = _engine_for(engine)
         self._logits = logits
         self._eager = eager
-        self._representation: Representation | None = None
+        self._result: tuple[Root, Representation] | None = None  # and what it was computed with
         if eager:
             self()
 
@@ -65,7 +66,7 @@ class Text:
         text._engine = left._engine
         text._logits = "all" if "all" in (left._logits, right._logits) else "last"
         text._eager = left._eager or right._eager
-        text._representation = None
+        text._result = None
         if text._eager:
             text()
         return text
@@ -81,7 +82,7 @@ class Text:
             return other
         text = Text.__new__(Text)
         text._string, text._sides, text._engine = other, None, self._engine
-        text._logits, text._eager, text._representation = "last", False, None
+        text._logits, text._eager, text._result = "last", False, None
         return text
 
     def pieces(self) -> list[str]:
@@ -109,22 +110,29 @@ class Text:
         return self._engine
 
     def __call__(self, *, logits: str | None = None) -> Representation:
-        """Compute what is missing, and return the representation; the second time nothing is computed.
+        """Compute what is missing, and return the representation; the second time nothing is computed, unless the model
+        has changed.
 
         Parameters
         ----------
         logits : ``"last"`` or ``"all"``; by default as the text was made.
         """
         wanted = logits or self._logits
-        known = self._representation
+        known = self._known()
         if (
             known is None
             or (wanted == "all" and self._logits != "all")
             or known.logits.dim() != (2 if wanted == "all" else 1)
         ):
             self._logits = wanted
-            self._representation = known = self._engine.get(self, logits=wanted)
+            root = self._engine.root  # before: if it changes meanwhile, all is computed again the next time
+            known = self._engine.get(self, logits=wanted)
+            self._result = root, known
         return known
+
+    def _known(self) -> Representation | None:
+        """Return the representation, if there is one of the model as it is now."""
+        return self._result[1] if self._result is not None and self._result[0] == self._engine.root else None
 
     @property
     def representation(self) -> Representation:
@@ -176,11 +184,12 @@ def run(texts: Iterable[Text]) -> list[Text]:
             raise InputTypeError(f"a text must be a Text, not {type(text).__name__}", "Text(string, engine)")
         if text._logits == "all":
             text()
-        elif text._representation is None:
+        elif text._known() is None:
             by_engine.setdefault(id(text._engine), []).append(text)
     for group in by_engine.values():
+        root = group[0]._engine.root
         for text, representation in zip(group, group[0]._engine.run(group), strict=True):
-            text._representation = representation
+            text._result = root, representation
     return found
 
 

@@ -94,6 +94,7 @@ def test_no_node(place):
 
 def test_wrong_options(place):
     assert "no device" in failure("put", "--device", "nonsense", TEXT)
+    assert "torch finds" in failure("put", "--device", "cuda:99", TEXT)
     assert "int8" in failure("get", "--dtype", "int8", TEXT)
     assert "several" in failure("get", "--out", "kv.safetensors", "--file", jsonl(place, '{"text":"a"}\n{"text":"b"}'))
     assert "no directory" in failure("get", "--out", "none/kv.safetensors", TEXT)

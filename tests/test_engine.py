@@ -239,6 +239,9 @@ class TestWriteBehind:
             longer = other.get(TEXT + " More.")
             assert longer.tokens_loaded > 0
             other.flush()
+            assert other.put(TEXT).tokens_computed == 0
+            with pytest.raises(ReadOnlyStoreError, match="reading only"):
+                other.put(TEXT + " More.")
             with pytest.raises(ReadOnlyStoreError):
                 readonly.remove(next(readonly.nodes())[0])
         assert db.stat()["num_nodes"] == nodes
@@ -404,6 +407,9 @@ class TestStrict:
             extended = strict.get([*ids, 7, 8, 9])
             assert extended.tokens_loaded == 0, "its end was computed from a stored prefix, and so would it be now"
             assert strict.get([*ids, 7, 8, 9, 10]).tokens_loaded == 0
+            told = strict.explain([*ids, 7, 8, 9])
+            assert told.num_stored == strict.lookup([*ids, 7, 8, 9]).num_tokens < len(ids) + 3
+            assert "strict" in told.reason
             assert strict.get(ids[:25]).tokens_loaded == 0, "logits inside a span are those of another run"
         model = random_model("llama")
         model.set_attn_implementation("eager")

@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import SUPPORTED, TEXT, shared_model, shared_tokenizer
+from transformers import GenerationConfig
 
 from promptdb import Engine
+from promptdb.demo_models import random_model
 from promptdb.errors import InputTypeError
 
 WAYS = {
@@ -62,6 +64,35 @@ def test_caches_of_its_own_run_untouched(options, db):
     expected = plain(model, tokenizer(TEXT).input_ids, do_sample=False, **options)
     with Engine(db, model, tokenizer) as engine:
         assert torch.equal(through_engine(engine, TEXT, do_sample=False, **options), expected)
+
+
+def test_drafts_of_its_own_run_untouched(db):
+    model, tokenizer = shared_model("llama"), shared_tokenizer()
+    options = {"do_sample": False, "assistant_early_exit": 1}
+    expected = plain(model, tokenizer(TEXT).input_ids, **options)
+    with Engine(db, model, tokenizer) as engine:
+        assert torch.equal(through_engine(engine, TEXT, **options), expected)
+
+
+@pytest.mark.parametrize(
+    "own",
+    [
+        {"num_beams": 2},
+        {"do_sample": True, "num_return_sequences": 3},
+        {"cache_implementation": "static"},
+        {"use_cache": False},
+    ],
+)
+def test_what_a_configuration_leaves_open_is_as_the_models_own_says(own, db, monkeypatch):
+    model, tokenizer = random_model("llama"), shared_tokenizer()
+    for name, value in own.items():
+        monkeypatch.setattr(model.generation_config, name, value)
+    config = {"generation_config": GenerationConfig(max_new_tokens=12)}
+    torch.manual_seed(0)
+    expected = model.generate(**tokenizer(TEXT, return_tensors="pt"), **config)
+    with Engine(db, model, tokenizer) as engine:
+        torch.manual_seed(0)
+        assert torch.equal(engine.generate(TEXT, **config), expected)
 
 
 def test_one_token_prompt(db):

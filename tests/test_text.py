@@ -9,7 +9,8 @@ import pytest
 import torch
 from conftest import TEXT, shared_model, shared_tokenizer
 
-from promptdb import Engine, Text
+from promptdb import Engine, Text, run
+from promptdb.demo_models import random_model
 from promptdb.errors import EmptyPromptError, InputTypeError
 
 
@@ -140,6 +141,21 @@ def test_lazy_and_eager(model_and_tokenizer, monkeypatch):
     assert len(calls) == 2
     eager + " d"
     assert len(calls) == 3
+
+
+def test_follows_a_model_that_changes():
+    model, tokenizer = random_model("llama"), shared_tokenizer()
+    text = Text("Hello there", (model, tokenizer))
+    before = text().logits.clone()
+    assert text() is text()
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight.mul_(1.5)
+    assert not torch.equal(text().logits, before)
+    torch.testing.assert_close(text().logits, plain_logits(model, tokenizer, "Hello there")[0, -1], atol=1e-5, rtol=0)
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight.mul_(1.5)
+    (again,) = run([text])
+    torch.testing.assert_close(again().logits, plain_logits(model, tokenizer, "Hello there")[0, -1], atol=1e-5, rtol=0)
 
 
 def test_texts_of_one_model_share_a_store_in_memory(model_and_tokenizer):
