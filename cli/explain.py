@@ -214,18 +214,18 @@ def _print_parting(found: dict[str, Any]) -> None:
         partly = [span for span in found["spans"] if span["num_tokens"] < span["span_tokens"]]
         used = f", the last one up to token {partly[-1]['num_tokens']} of {partly[-1]['span_tokens']}" if partly else ""
         print_line(("spans      ", "bold"), count(len(found["spans"]), "stored span") + used)
-        costs = [
-            f"{what} {duration(found[name])}"
-            for what, name in (("loading them takes", "load_s"), ("computing them", "compute_s"))
-            if found[name] is not None
-        ]
-        print_line(
-            ("cost       ", "bold"),
-            ", ".join(costs) + " (measured rates)" if costs else "not measured yet; prompts of 32 tokens and more are",
-        )
+        print_line(("cost       ", "bold"), _cost(found["load_s"], found["compute_s"]))
     if found["exact_ways"]:
         print_line(("ways       ", "bold"), f"{found['way']}; exact are {', '.join(found['exact_ways'])}")
         print_line(("probed     ", "bold"), found["probed_with"])
+
+
+def _cost(load_s: float | None, compute_s: float | None) -> str:
+    if load_s is None and compute_s is None:
+        return "not measured yet; prompts of 32 tokens and more are"
+    load = "is not measured yet, loads of 1 MiB and more are" if load_s is None else f"takes {duration(load_s)}"
+    compute = "not measured yet" if compute_s is None else duration(compute_s)
+    return f"loading them {load}; computing them {compute} (measured rates)"
 
 
 def _token(token: dict[str, Any]) -> str:
