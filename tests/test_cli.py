@@ -166,6 +166,19 @@ def test_explain_names_the_identity_that_differs(store, tmp_path):
     assert other["differs_in"] == ["weights_id"]
     assert other["model_name"] == ours
     assert "other weights" in run("explain", "--model", theirs, TEXT, code=1).stdout
+    shown = run("explain", "--model", ours, "--namespace", "tenant", TEXT, code=1).stdout
+    assert "nothing is stored for this model and tokenizer in namespace 'tenant'" in shown
+
+
+def test_explain_says_what_is_not_measured_yet(store, model):
+    text = "word after word, " * 20
+    run("put", "--model", model, text)
+    found = run_json("explain", "--model", model, text)
+    assert found["load_s"] is None
+    assert found["compute_s"] > 0
+    shown = run("explain", "--model", model, text).stdout
+    assert "loading them is not measured yet" in shown
+    assert "computing them" in shown
 
 
 def test_a_checkpoint_that_is_new_or_changed_is_not_found_and_the_reason_is_told(store, model, tmp_path):
