@@ -130,6 +130,8 @@ def pack_tokens(token_ids: Iterable[int]) -> bytes:
         raise InputTypeError(
             f"token IDs must be integers, not {type(token_ids).__name__}", "unpack_tokens() reads bytes"
         )
+    if isinstance(token_ids, str):
+        raise InputTypeError("token IDs must be integers, not str", "tokenise text first, or ask an Engine")
     try:
         tokens = token_ids if isinstance(token_ids, array) and token_ids.typecode == "I" else array("I", token_ids)
     except OverflowError as error:

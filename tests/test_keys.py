@@ -118,6 +118,12 @@ def test_pack_refuses_other_numbers(bad):
     assert isinstance(caught.value, (ValueError, PromptDBError))
 
 
+def test_text_is_not_token_ids():
+    with pytest.raises(InputTypeError, match="not str") as caught:
+        pack_tokens("abc")
+    assert "tokenise" in caught.value.hint
+
+
 @pytest.mark.parametrize("bad", [[1.0], ["a"], [None], "abc", 5, [[1]], b"abcd", bytearray(4), memoryview(b"abcd")])
 def test_pack_refuses_other_types(bad):
     with pytest.raises(InputTypeError) as caught:
