@@ -150,6 +150,10 @@ class Engine:
         ------
         ModelNotFoundError
             There is no such checkpoint, or no tokenizer beside it.
+        ModelError
+            transformers cannot load it; its reason is part of the message.
+        InputTypeError, ModelPlacementError
+            There is no such dtype or device. Nothing has been read then.
 
         Notes
         -----

@@ -105,7 +105,7 @@ class ReadOnlyStoreError(StoreError):
 
 
 class StoreFullError(StoreError):
-    """The device has no space left for the write; what was stored before stays readable."""
+    """The device has no space left for the write; what is stored, less what was evicted for it, stays readable."""
 
 
 class QuotaExceededError(StoreError):
